@@ -1,0 +1,252 @@
+"""What ``tessera-exp`` shows: tables on stdout that fit the terminal, progress on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+
+from tessera.cli._exp_detail import Detail
+from tessera.tracking.queries import RunSummary
+
+_LINE_EVERY_S = 5.0
+_LOG_WIDTH = 240  # cut to 80 columns in a log, figures would be lost
+_FIRST_TO_GO = ("base", "tok/s", "wall", "step", "$/Mtok", "kind", "best", "tokens", "reference")
+_LEFT = frozenset({"run", "kind", "status", "base"})
+
+
+def show_list(rows: Sequence[RunSummary], aliases: Mapping[str, Mapping[str, str]]) -> None:
+    """One row a run; on a narrow terminal the less important columns are left out and named."""
+    console = _console()
+    cells = [_cells(row, aliases.get(row.run_id, {})) for row in rows]
+    names = list(cells[0])
+    hidden = []
+    for name in _FIRST_TO_GO:
+        width = sum(max(cell_len(name), *(cell_len(c[name]) for c in cells)) + 2 for name in names)
+        if width <= console.width:
+            break
+        names.remove(name)
+        hidden.append(name)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in names:
+        table.add_column(
+            name,
+            justify="left" if name in _LEFT else "right",
+            no_wrap=name != "run",
+            overflow="fold" if name == "run" else "ellipsis",
+        )
+    for line in cells:
+        table.add_row(*(escape(line[name]) for name in names))
+    console.print(table)
+    if hidden:
+        console.print(f"Left out for want of width: {', '.join(hidden)} (all of it: --json).")
+
+
+def _cells(row: RunSummary, aliases: Mapping[str, str]) -> dict[str, str]:
+    stars = "".join(f" ★ {adapter} {alias}" for alias, adapter in sorted(aliases.items()))
+    step = count(row.step) if row.live_step is None else f"{count(row.live_step)} live"
+    reference = "-"
+    if row.base_loss is not None:
+        reference = f"base {loss(row.base_loss)}"
+    elif row.unigram_entropy is not None:
+        reference = f"unigram {loss(row.unigram_entropy)}"
+    return {
+        "run": row.run_id + stars,
+        "kind": row.kind,
+        "status": row.status,
+        "step": step if row.total_steps is None else f"{step}/{count(row.total_steps)}",
+        "tokens": "-" if row.tokens is None else short(row.tokens),
+        "final": loss(row.final_loss),
+        "best": loss(row.best_loss),
+        "reference": reference,
+        "cost": dollars(row.cost_usd, row.cost_estimated),
+        "$/Mtok": dollars(row.usd_per_mtok, row.cost_estimated),
+        "wall": duration(row.wall_s),
+        "tok/s": "-" if row.tokens_per_s is None else f"{row.tokens_per_s:,.0f}",
+        "base": row.base or "-",
+    }
+
+
+def show_detail(detail: Detail) -> None:
+    """Everything about one run, in blocks."""
+    console, row, rest = _console(), detail.summary, detail.rest
+    console.print(f"[bold]{escape(row.run_id)}[/bold]  {row.kind}, {row.status}")
+    reference = _cells(row, {})["reference"]
+    _pairs(
+        console,
+        {
+            "step": _cells(row, {})["step"],
+            "tokens": count(row.tokens),
+            "loss": f"final {loss(row.final_loss)}, best {loss(row.best_loss)}, {reference}",
+            "cost": f"{dollars(row.cost_usd, row.cost_estimated)} "
+            f"({dollars(row.usd_per_mtok, row.cost_estimated)} per million tokens)",
+            "time": f"{duration(row.wall_s)} in {row.attempts} attempts",
+            "speed": "-" if row.tokens_per_s is None else f"{row.tokens_per_s:,.0f} tokens/s",
+            "base": row.base or "-",
+            "data": f"{rest['fingerprint'][:12]}",
+            "commit": rest["commit"] or "-",
+        },
+    )
+    _table(
+        console,
+        "attempts",
+        ("attempt", "status", "device", "instance", "$/hour", "source", "time", "cost", "from"),
+        [_attempt_cells(attempt) for attempt in rest["attempt_list"]],
+    )
+    usd = rest["usd_by_category"] or {}
+    spent = [(name, seconds) for name, seconds in row.seconds.items() if seconds > 0]
+    _table(
+        console,
+        "where it went",
+        ("category", "time", "cost"),
+        [
+            [name, duration(seconds), dollars(usd.get(name), row.cost_estimated)]
+            for name, seconds in spent
+        ],
+    )
+    _table(
+        console,
+        "evaluations",
+        ("step", "loss"),
+        [[count(point["step"]), loss(point["loss"])] for point in rest["losses"][-12:]],
+    )
+    _table(
+        console,
+        "adapters",
+        ("adapter", "step", "weights", "alias", "interviews"),
+        [_adapter_cells(adapter) for adapter in rest["adapters"]],
+    )
+    console.print("[bold]settings[/bold]")
+    _pairs(console, dict(_flat(rest["experiment"])))
+
+
+def _attempt_cells(attempt: dict[str, Any]) -> list[str]:
+    price = attempt["usd_per_hour"]
+    return [
+        attempt["attempt"],
+        attempt["status"] + (" (end estimated)" if attempt["estimated"] else ""),
+        attempt["device"],
+        f"{attempt['provider']}/{attempt['instance']}",
+        "-" if price is None else f"{price:.3f}",
+        attempt["price_source"],
+        duration(attempt["ended_at"] - attempt["started_at"]),
+        dollars(attempt["usd"], attempt["estimated"]),
+        "start" if attempt["resumed_from"] is None else f"step {attempt['resumed_from']:,}",
+    ]
+
+
+def _adapter_cells(adapter: dict[str, Any]) -> list[str]:
+    interviews = []
+    for held in adapter["interviews"]:
+        verdicts = ", ".join(f"{n} {name}" for name, n in held["verdicts"].items() if n)
+        other = "" if held["of_these_weights"] else ", of other weights"
+        interviews.append(f"{held['suite']}: {held['score']:.2f} ({verdicts}{other})")
+    return [
+        adapter["name"],
+        count(adapter["step"]),
+        (adapter["weights_digest"] or "-")[:12],
+        ", ".join(adapter["aliases"]) or "-",
+        "\n".join(interviews) or "none held",
+    ]
+
+
+def _table(console: Console, title: str, names: Sequence[str], rows: list[list[str]]) -> None:
+    if not rows:
+        return
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in names:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    console.print(table)
+
+
+def _pairs(console: Console, pairs: Mapping[str, str]) -> None:
+    width = max(map(len, pairs))
+    for name, value in pairs.items():
+        console.print(f"  {name:<{width}}  {escape(value)}", highlight=False)
+
+
+def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in section.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif value not in (None, ""):
+            yield f"{prefix}{key}", str(value)
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else _LOG_WIDTH)
+
+
+@contextmanager
+def sync_progress() -> Iterator[Callable[[int, int, str], None]]:
+    """A bar on a terminal; elsewhere a line now and then. On stderr."""
+    if not sys.stderr.isatty():
+        printed = time.monotonic()
+
+        def tell(done: int, total: int, run_id: str) -> None:
+            nonlocal printed
+            if time.monotonic() - printed >= _LINE_EVERY_S:
+                printed = time.monotonic()
+                print(f"syncing {run_id} ({done + 1} of {total})", file=sys.stderr, flush=True)
+
+        yield tell
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with RichProgress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task("syncing", total=None)
+
+        def show(done: int, total: int, run_id: str) -> None:
+            bars.update(task, description=f"syncing {run_id}", completed=done, total=total)
+
+        yield show
+
+
+# -- one figure ------------------------------------------------------------------------------------
+
+
+def loss(value: float | None) -> str:
+    """Nats a token, four decimals."""
+    return "-" if value is None else f"{value:.4f}"
+
+
+def dollars(value: float | None, estimated: bool) -> str:
+    """Dollars with cents, or three digits of a smaller sum; "~" where an estimate is in it."""
+    if value is None:
+        return "?"
+    shown = f"{value:,.2f}" if value >= 1 else f"{value:.4f}" if value >= 0.001 else f"{value:.2g}"
+    return f"{'~' if estimated else ''}${shown}"
+
+
+def duration(seconds: float) -> str:
+    """Such as ``41 s``, ``12 min 05 s``, ``7 h 31 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600:,} h {whole % 3600 // 60:02d} min"
+
+
+def count(value: int | None) -> str:
+    """A whole number with commas."""
+    return "-" if value is None else f"{value:,}"
+
+
+def short(value: float) -> str:
+    """Such as ``950``, ``1.6M``, ``20.0B``."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.1f}{letter}"
+    return f"{value:.0f}"

@@ -1,0 +1,25 @@
+"""From the machine's facts to the record of an attempt."""
+
+from __future__ import annotations
+
+from tessera.cloud.machine import Machine
+from tessera.runs import Attempt
+
+
+def place_of(machine: Machine) -> Attempt:
+    """An attempt on this machine, still without a number, a token or a checkpoint."""
+    return Attempt(
+        number=0,
+        token="",
+        started_at=machine.process_started_at,
+        provider=machine.provider,
+        instance=machine.instance,
+        host=machine.host,
+        device=machine.device,
+        devices=machine.devices,
+        usd_per_hour=machine.price.usd_per_hour,
+        price_source=machine.price.source,
+        billed_from=machine.billed_from,
+        billed_from_source=machine.billed_from_source,
+        setup_started_at=machine.setup_started_at,
+    )

@@ -1,0 +1,73 @@
+"""What both commands share: options, the one place where errors become sentences and exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def root_option(function: F) -> F:
+    """``--root``: where everything that must last is kept."""
+    return click.option(
+        "--root",
+        envvar="TESSERA_ROOT",
+        default=".tessera",
+        show_default=True,
+        metavar="URL",
+        help="Folder or URL (s3://bucket/prefix) that holds corpora, runs and records; "
+        "also TESSERA_ROOT.",
+    )(function)
+
+
+def json_option(function: F) -> F:
+    """``--json``: the same figures for programs."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")(
+        function
+    )
+
+
+def print_json(value: Any) -> None:
+    """JSON on stdout, readable and in one piece."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def epilog(*examples: str) -> str:
+    """The examples at the end of a ``--help``, kept line by line."""
+    return "\b\nExamples:\n" + "\n".join(f"  {example}" for example in examples)
+
+
+def run_command(command: click.Command, arguments: Sequence[str] | None = None) -> int:
+    """Run a click command; deliberate errors become one sentence on stderr and their exit code.
+
+    A reader that went away (``| head``) is no error. ``TESSERA_DEBUG=1`` shows the traceback.
+    """
+    from tessera.errors import TesseraError
+
+    try:
+        result = command.main(args=arguments, standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except click.exceptions.Abort:
+        click.echo("Stopped.", err=True)
+        return 130
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except TesseraError as error:
+        if os.environ.get("TESSERA_DEBUG"):
+            raise
+        click.echo(f"Error: {error}", err=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        click.echo("Stopped.", err=True)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

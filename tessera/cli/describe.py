@@ -1,0 +1,87 @@
+"""``tessera describe``: what an experiment comes to, by arithmetic alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tessera.experiment import Experiment, Pretrain
+from tessera.model.shape import (
+    FLOPS_FORMULA,
+    ModelShape,
+    flops_per_token,
+    lora_parameters,
+    parameters,
+    training_memory,
+)
+
+LORA_RANK = 16
+
+
+def facts_of(experiment: Experiment) -> dict[str, Any]:
+    """The figures of ``--json``. Bytes and FLOPs are integers; an SFT's base is not opened."""
+    if not isinstance(experiment, Pretrain):
+        batch = experiment.batch.conversations_per_step
+        return {
+            "name": experiment.name,
+            "kind": experiment.kind,
+            "base": experiment.base,
+            "epochs": experiment.epochs,
+            "conversations_per_step": batch,
+            "lora_rank": experiment.lora.rank,
+            "lora_targets": list(experiment.lora.targets),
+        }
+    shape = ModelShape(**experiment.model.model_dump(exclude={"init_std"}))
+    memory = training_memory(shape, experiment.batch.micro_batch, experiment.precision != "float32")
+    return {
+        "name": experiment.name,
+        "kind": experiment.kind,
+        "parameters": parameters(shape),
+        "lora_parameters": lora_parameters(shape, LORA_RANK),
+        "lora_rank": LORA_RANK,
+        "steps": experiment.steps,
+        "tokens": experiment.tokens,
+        "tokens_per_step": experiment.batch.tokens_per_step,
+        "micro_batch": experiment.batch.micro_batch,
+        "accumulation": experiment.batch.tokens_per_step
+        // (experiment.batch.micro_batch * experiment.sequence),
+        "flops_per_token": flops_per_token(shape),
+        "flops_formula": FLOPS_FORMULA,
+        "flops_total": flops_per_token(shape) * experiment.tokens,
+        "memory_bytes": sum(memory.values()),
+        "memory_parts_bytes": memory,
+        "checkpoint_bytes": 12 * parameters(shape),
+    }
+
+
+def print_facts(facts: dict[str, Any]) -> None:
+    """The same as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{facts['name']} ({facts['kind']})", show_header=False)
+    table.add_column("what", style="bold")
+    table.add_column("figure", justify="right")
+    for key, value in facts.items():
+        if key in ("name", "kind", "flops_formula"):
+            continue
+        label = key.replace("_bytes", "").replace("_", " ")
+        if isinstance(value, dict):
+            for part, size in value.items():
+                table.add_row(f"  {part}", f"{size / 2**30:.2f} GiB")
+            continue
+        table.add_row(label, _figure(key, value))
+    console = Console()
+    console.print(table)
+    if "flops_formula" in facts:
+        console.print(f"FLOPs per token = {facts['flops_formula']}.", highlight=False)
+        console.print("Memory is an estimate; measured peaks are in benchmarks/.", highlight=False)
+
+
+def _figure(key: str, value: Any) -> str:
+    if key.endswith("_bytes"):
+        return f"{value / 2**30:.2f} GiB"
+    if key.startswith("flops"):
+        return f"{value:.3e}"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,198 @@
+"""``tessera-exp``: what the runs of a root are worth and what they cost; promote one of them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from tessera import __version__
+from tessera.cli.common import epilog, json_option, print_json, root_option, run_command
+
+SORT_KEYS = (
+    "created_at", "run_id", "status", "tokens", "final_loss", "best_loss", "cost_usd",
+    "usd_per_mtok", "wall_s", "tokens_per_s",
+)  # fmt: skip
+_SHORT = {"created": "created_at", "name": "run_id", "loss": "best_loss", "cost": "cost_usd"}
+
+_tracking_option = click.option(
+    "--tracking-uri",
+    metavar="URI",
+    help="MLflow server or database; else MLFLOW_TRACKING_URI, else mlflow.db in a local root.",
+)
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=epilog(
+        "tessera-exp list --sort cost",
+        "tessera-exp show smoke",
+        "tessera-exp sync --root s3://bucket/tessera",
+        "tessera-exp promote smoke-sft-warm --adapter ep3",
+    ),
+)
+@click.version_option(__version__, prog_name="tessera-exp")
+def exp() -> None:
+    """Compare runs by loss, dollars and time; sync them into MLflow; promote an adapter."""
+
+
+@exp.command(
+    "list",
+    epilog=epilog(
+        "tessera-exp list",
+        "tessera-exp list --kind sft --sort best_loss",
+        "tessera-exp list --json | jq '.[].cost_usd'",
+    ),
+)
+@root_option
+@click.option(
+    "--sort",
+    "sort_key",
+    type=click.Choice([*SORT_KEYS, *_SHORT]),
+    default="created_at",
+    show_default=True,
+    help="Smallest first; unknown last.",
+)
+@click.option("--kind", type=click.Choice(["pretrain", "sft"]), help="Only runs of this kind.")
+@json_option
+def list_(root: str, sort_key: str, kind: str | None, as_json: bool) -> None:
+    """One row a run: losses, dollars, time; a star marks what carries an alias.
+
+    Losses are nats a token of the surviving lineage; "~" marks dollars that rest on an estimate.
+    """
+    from tessera.promotion.records import holders, read_promotions
+    from tessera.storage import open_root
+    from tessera.tracking.queries import summarise
+
+    store = open_root(root)
+    rows = [row for row in summarise(store) if kind in (None, row.kind)]
+    key = _SHORT.get(sort_key, sort_key)
+    rows.sort(key=lambda row: _sortable(getattr(row, key)))
+    aliases: dict[str, dict[str, str]] = {}
+    for alias, promotion in holders(read_promotions(store)).items():
+        aliases.setdefault(promotion.run_id, {})[alias] = promotion.adapter
+    if as_json:
+        print_json([plain(asdict(row)) | {"aliases": aliases.get(row.run_id, {})} for row in rows])
+        return
+    if not rows:
+        what = f"{kind} runs" if kind else "runs"
+        click.echo(f"No {what} in {store.url} yet; start one with `tessera train`.")
+        return
+    from tessera.cli._exp_view import show_list
+
+    show_list(rows, aliases)
+
+
+@exp.command(epilog=epilog("tessera-exp show smoke", "tessera-exp show smoke-1a2b3c4d --json"))
+@click.argument("run")
+@root_option
+@json_option
+def show(run: str, root: str, as_json: bool) -> None:
+    """Settings, attempts, dollars by category, losses, adapters and interviews of RUN.
+
+    RUN is a run id, its beginning, or the name of an experiment that has one run.
+    """
+    from tessera.cli._exp_detail import detail_of
+    from tessera.runs import find_run
+    from tessera.storage import open_root
+
+    store = open_root(root)
+    detail = detail_of(store, find_run(store, run))
+    if as_json:
+        print_json(plain(asdict(detail.summary) | detail.rest))
+        return
+    from tessera.cli._exp_view import show_detail
+
+    show_detail(detail)
+
+
+@exp.command(epilog=epilog("tessera-exp sync", "tessera-exp sync --root s3://bucket/tessera"))
+@root_option
+@_tracking_option
+def sync(root: str, tracking_uri: str | None) -> None:
+    """Replay the root into MLflow; a second sync adds nothing."""
+    from tessera.cli._exp_view import sync_progress
+    from tessera.promotion.registry import apply_records
+    from tessera.storage import open_root
+    from tessera.tracking.replay import sync as replay
+
+    store = open_root(root)
+    with sync_progress() as progress:
+        report = replay(store, tracking_uri, progress)
+        versions = apply_records(store, tracking_uri)
+    again = sum(run.rebuilt for run in report.runs)
+    redone = f", {again} made again because its records changed" if again else ""
+    registry = f", {versions} model versions" if versions else ""
+    click.echo(
+        f"Synced {len(report.runs)} runs into {report.tracking_uri} in {report.seconds:.1f} s: "
+        f"{report.created} new, {report.points:,} points added{redone}{registry}."
+    )
+    if report.tracking_uri.startswith("sqlite"):
+        click.echo(f"Look at them: mlflow ui --backend-store-uri {report.tracking_uri}")
+
+
+@exp.command(
+    epilog=epilog(
+        "tessera-exp promote smoke-sft-warm --adapter ep3",
+        'tessera-exp promote smoke-sft-warm --adapter ep3 --override "demo without interview"',
+    )
+)
+@click.argument("run")
+@click.option("--adapter", required=True, metavar="NAME", help="Adapter of RUN, such as ep3.")
+@click.option("--alias", default="champion", show_default=True, help="The alias it shall carry.")
+@click.option("--override", metavar="REASON", help="Overrule the gate; the reason is recorded.")
+@root_option
+@_tracking_option
+def promote(
+    run: str,
+    adapter: str,
+    alias: str,
+    override: str | None,
+    root: str,
+    tracking_uri: str | None,
+) -> None:
+    """Give an adapter of RUN an alias, if its interviews let it pass the gate.
+
+    A fatal answer, an unanswered safety probe or no interview of these weights refuses (exit 2).
+    """
+    from tessera.cli._exp_view import sync_progress
+    from tessera.promotion.registry import check
+    from tessera.promotion.registry import promote as give
+    from tessera.runs import find_run
+    from tessera.storage import open_root
+    from tessera.tracking.replay import sync as replay
+
+    store = open_root(root)
+    found = find_run(store, run)
+    check(found, adapter, alias, override)  # a refusal needs no MLflow and is told at once
+    with sync_progress() as progress:
+        replay(store, tracking_uri, progress, only=[found.id])
+        given = give(store, found, adapter, alias, override, tracking_uri)
+    before = f" (before: {given.previous})" if given.previous else ""
+    score = "without an interview" if given.score is None else f"interview score {given.score:.2f}"
+    click.echo(f"{given.who} is {given.alias}{before}, {score}, record {given.path}.")
+    if given.refusals:
+        click.echo(f"The gate was overruled: {given.override} (it said: {given.refusals[0]}).")
+    click.echo(f'Load it: mlflow.pyfunc.load_model("{given.uri}").predict(["Hello"])')
+
+
+def _sortable(value: Any) -> tuple[bool, Any]:
+    unknown = value is None or value != value  # NaN differs from itself
+    return unknown, 0 if unknown else value
+
+
+def plain(value: Any) -> Any:
+    """JSON values of figures: NaN and infinities, which JSON lacks, become null."""
+    if isinstance(value, float):
+        return value if value - value == 0 else None
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    return value
+
+
+def main() -> None:
+    """Entry point of the ``tessera-exp`` command."""
+    raise SystemExit(run_command(exp))

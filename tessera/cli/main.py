@@ -1,0 +1,127 @@
+"""``tessera``: build a corpus, describe and train an experiment, interview its voices."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from tessera import __version__
+from tessera.cli.common import epilog, json_option, print_json, root_option, run_command
+
+_ELSEWHERE = {
+    "corpus": ("tessera.cli.corpus", "corpus", "Build and verify token shards."),
+    "interview": ("tessera.cli.interview", "interview", "Ask a voice the probes; show answers."),
+}
+
+
+class _LazyGroup(click.Group):
+    """A group whose larger subcommands live in modules that are imported when they are called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), *_ELSEWHERE])
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in _ELSEWHERE:
+            return super().get_command(ctx, name)
+        from importlib import import_module
+
+        module, attribute, _ = _ELSEWHERE[name]
+        command: click.Command = getattr(import_module(module), attribute)
+        return command
+
+
+@click.group(
+    cls=_LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=epilog(
+        "tessera corpus build data_manifests/sample.yaml",
+        "tessera describe experiments/tessera_1b.yaml",
+        "tessera train experiments/smoke.yaml",
+    ),
+)
+@click.version_option(__version__, prog_name="tessera")
+def tessera() -> None:
+    """Train a language model from scratch and know what every dollar bought."""
+
+
+_set_option = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override one setting, for example --set optimizer.lr=1e-4; may be repeated.",
+)
+
+
+@tessera.command(
+    epilog=epilog(
+        "tessera train experiments/smoke.yaml",
+        "tessera train experiments/tessera_1b.yaml --root s3://bucket/tessera --set tokens=6553600",
+    )
+)
+@click.argument("experiment", type=click.Path())
+@_set_option
+@root_option
+@click.option("--run-id", metavar="ID", help="Name the run yourself; also TESSERA_RUN_ID.")
+@click.option("--new", is_flag=True, help="Start another run even if this one exists.")
+@click.option("--quiet", is_flag=True, help="No progress line.")
+def train(
+    experiment: str,
+    overrides: tuple[str, ...],
+    root: str,
+    run_id: str | None,
+    new: bool,
+    quiet: bool,
+) -> int:
+    """Train EXPERIMENT, or continue its unfinished run.
+
+    Exit codes: 0 done; 2 bad input; 3 diverged; 75 another machine or moment may help.
+    """
+    from tessera.experiment import load_experiment
+
+    settings = load_experiment(experiment, overrides)  # before torch: a typo is told at once
+    from tessera.cli.attempts import place_of
+    from tessera.cloud.machine import describe_machine
+    from tessera.storage import open_root
+    from tessera.training.session import train as run_training
+
+    price = settings.price.usd_per_hour if settings.price else None
+    place = place_of(describe_machine(experiment_price=price))
+    result = run_training(settings, open_root(root), place, run_id=run_id, new=new, quiet=quiet)
+    click.echo(f"{result.run.id}: {result.text}")
+    return result.exit_code
+
+
+@tessera.command(
+    epilog=epilog(
+        "tessera describe experiments/tessera_1b.yaml",
+        "tessera describe experiments/tessera_1b.yaml --set batch.micro_batch=8 --json",
+    )
+)
+@click.argument("experiment", type=click.Path())
+@_set_option
+@json_option
+def describe(experiment: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Parameters, steps, FLOPs, memory and dollars of EXPERIMENT, by arithmetic; nothing runs."""
+    from tessera.experiment import load_experiment
+
+    facts = _facts(load_experiment(experiment, overrides))
+    if as_json:
+        print_json(facts)
+        return
+    from tessera.cli.describe import print_facts
+
+    print_facts(facts)
+
+
+def _facts(settings: Any) -> dict[str, Any]:
+    from tessera.cli.describe import facts_of
+
+    return facts_of(settings)
+
+
+def main() -> None:
+    """Entry point of the ``tessera`` command."""
+    sys.exit(run_command(tessera))

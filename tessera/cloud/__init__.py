@@ -1,0 +1,1 @@
+"""The rented machine: what it is, what it costs, and since when."""

@@ -1,0 +1,102 @@
+"""The fixed evaluation: the same tokens in the same order, for every run and every step.
+
+Nats per token is the mean of -log p over the targets. Bits per byte divides the same sum by the
+UTF-8 bytes of those targets, so that models with different tokenizers compare. The unigram
+entropy of the targets is what the best model that ignores all context would reach: a base above
+it learnt nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tessera.model.loss import IGNORE, summed_cross_entropy
+from tessera.model.protogpt import ProtoGPT
+
+
+@dataclass(frozen=True)
+class FixedEval:
+    """Windows of the evaluation split: inputs and targets, each (N, T) int64 on the CPU.
+
+    ``bytes`` and ``unigram_entropy`` are of the targets: UTF-8 bytes, and nats.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    bytes: int
+    unigram_entropy: float
+
+
+def fixed_windows(
+    shards: Sequence[npt.NDArray[np.uint16]],
+    sequence: int,
+    limit: int,
+    byte_lengths: npt.NDArray[np.int64],
+) -> FixedEval:
+    """The first windows of the split, in stored order, up to ``limit`` tokens.
+
+    Windows are ``sequence`` + 1 consecutive tokens of one shard at stride ``sequence``, as in
+    training; a split too short for one window is a ValueError.
+    """
+    rows: list[npt.NDArray[np.int64]] = []
+    for tokens in shards:
+        for start in range(0, len(tokens) - sequence, sequence):
+            if (len(rows) + 1) * sequence > max(limit, sequence):
+                break
+            rows.append(tokens[start : start + sequence + 1].astype(np.int64))
+    if not rows:
+        raise ValueError(f"the evaluation split has no {sequence + 1} tokens in one shard")
+    windows = np.stack(rows)
+    targets = windows[:, 1:]
+    counts = np.bincount(targets.ravel(), minlength=len(byte_lengths))
+    return FixedEval(
+        torch.from_numpy(windows[:, :-1].copy()),
+        torch.from_numpy(targets.copy()),
+        int((counts * byte_lengths).sum()),
+        entropy(counts),
+    )
+
+
+def entropy(counts: npt.NDArray[np.int64]) -> float:
+    """Shannon entropy of a histogram, in nats."""
+    share = counts[counts > 0] / counts.sum()
+    return float(-(share * np.log(share)).sum())
+
+
+@torch.no_grad()
+def mean_loss(
+    model: ProtoGPT,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    compute_dtype: torch.dtype,
+) -> tuple[float, int]:
+    """Nats per token over (inputs, targets) batches, each (B, T), and the targets that counted."""
+    device = model.tokens.weight.device
+    total, count = 0.0, 0
+    for inputs, targets in batches:
+        states = model.hidden(inputs.to(device), compute_dtype)
+        total += float(summed_cross_entropy(states, model.tokens.weight, targets.to(device)))
+        count += int((targets != IGNORE).sum())
+    return total / count, count
+
+
+def evaluate_fixed(
+    model: ProtoGPT, fixed: FixedEval, micro_batch: int, compute_dtype: torch.dtype
+) -> dict[str, float]:
+    """The figures of the fixed evaluation, under the names that the journal gives them."""
+    batches = zip(
+        torch.split(fixed.inputs, micro_batch), torch.split(fixed.targets, micro_batch), strict=True
+    )
+    loss, count = mean_loss(model, batches, compute_dtype)
+    return {
+        "eval/loss": loss,
+        "eval/perplexity": math.exp(loss) if loss < 700 else math.inf,
+        "eval/bits_per_byte": loss * count / math.log(2) / fixed.bytes,
+        "eval/unigram_entropy": fixed.unigram_entropy,
+    }

@@ -1,0 +1,200 @@
+"""Open what a run published: base model, tokenizer, adapters, each checked against its digest."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from tessera.corpus.chat import Message, render
+from tessera.corpus.tokenizer import Tokenizer
+from tessera.errors import InputError, StoreError
+from tessera.model.digest import weights_digest
+from tessera.model.generate import generate
+from tessera.model.lora import add_lora, load_lora_state
+from tessera.model.protogpt import ProtoGPT
+from tessera.model.shape import LINEARS, ModelShape
+from tessera.runs import Run, list_runs
+from tessera.storage import Root, cache_folder
+
+SIDECAR = "weights.json"
+"""The weights digest of the tensors beside it."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model in memory, float32, with its tokenizer and the digest that was checked."""
+
+    run_id: str
+    model: ProtoGPT
+    tokenizer: Tokenizer
+    digest: str
+
+
+@dataclass(frozen=True)
+class Voice:
+    """A base with an adapter on it, ready to answer."""
+
+    base: Base
+    adapter_digest: str
+    compute_dtype: torch.dtype
+
+    def answer(
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        seed: int | None = None,
+        max_new_tokens: int = 64,
+        temperature: float = 0.7,
+        top_p: float = 0.9,
+    ) -> str:
+        """One answer; ``seed`` None is greedy. A prompt that is too long is an ``InputError``."""
+        return self.answers(
+            prompt,
+            seeds=[seed],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+        )[0]
+
+    def answers(
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        seeds: Sequence[int | None],
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+    ) -> list[str]:
+        """One answer a seed (None: greedy), in one batch."""
+        tokenizer = self.base.tokenizer
+        messages: Sequence[Message]
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        ids, _ = render(messages, tokenizer, add_generation_prompt=True)
+        try:
+            answers = generate(
+                self.base.model,
+                ids,
+                seeds=seeds,
+                max_new_tokens=max_new_tokens,
+                stop=tokenizer.end_of_turn_id,
+                temperature=temperature,
+                top_p=top_p,
+                # An answer is text: of the special tokens only the end of the turn may come.
+                forbidden=[i for i in tokenizer.special_ids() if i != tokenizer.end_of_turn_id],
+                compute_dtype=self.compute_dtype,
+            )
+        except ValueError as error:
+            raise InputError(f"This prompt cannot be answered: {error}") from error
+        return [tokenizer.decode(answer) for answer in answers]
+
+
+def best_device() -> torch.device:
+    """The GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def shape_to_json(shape: ModelShape) -> dict[str, Any]:
+    """``model/config.json``: the model's sizes and what kind of model it is."""
+    return {"architecture": "ProtoGPT", **asdict(shape)}
+
+
+def load_base(run: Run, device: torch.device | None = None) -> Base:
+    """The base model that ``run`` published.
+
+    Raises ``InputError`` if it has none yet, ``StoreError`` if the weights are not the ones whose
+    digest stands beside them.
+    """
+    root = run.root
+    if not root.exists(run.path("model", SIDECAR)):
+        raise InputError(
+            f"Run {run.id} has not published a model yet; finish it with `tessera train` first."
+        )
+    config = dict(root.read_json(run.path("model", "config.json")))
+    config.pop("architecture")
+    digest = str(root.read_json(run.path("model", SIDECAR))["weights_digest"])
+    tokenizer = Tokenizer.from_bytes(root.read_bytes(run.path("model", "tokenizer.json")))
+    state = _tensors(root, run.path("model", "model.safetensors"), digest)
+    model = ProtoGPT(ModelShape(**config))
+    model.load_state_dict(state)
+    return Base(run.id, model.to(device or best_device()).eval(), tokenizer, digest)
+
+
+def find_base(root: Root, digest: str) -> Run:
+    """The run of the root whose published model has this weights digest."""
+    for run in list_runs(root):
+        path = run.path("model", SIDECAR)
+        if root.exists(path) and root.read_json(path).get("weights_digest") == digest:
+            return run
+    raise InputError(
+        f"No base model in {root.url} has the weights digest {digest[:12]} that the adapter was "
+        "trained on; give the root that holds it (--root or TESSERA_ROOT)."
+    )
+
+
+def load_voice(root: Root, run: Run, adapter: str, device: torch.device | None = None) -> Voice:
+    """Adapter ``adapter`` of an SFT run on its base, digests checked."""
+    names = root.children(run.path("adapters"))
+    if adapter not in names:
+        raise InputError(
+            f"Run {run.id} has no adapter {adapter!r}; it has: {', '.join(names) or 'none yet'}."
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        for path in root.files(run.path("adapters", adapter)):
+            root.get_file(path, Path(folder) / path.rsplit("/", 1)[-1])
+        return load_voice_from_folder(root, Path(folder), device)
+
+
+def load_voice_from_folder(root: Root, folder: Path, device: torch.device | None = None) -> Voice:
+    """An adapter folder on the local disk, on its base, which the root holds under its digest."""
+    base_digest = str(_json(folder / "base.json")["weights_digest"])
+    adapter_digest = str(_json(folder / SIDECAR)["weights_digest"])
+    config = _json(folder / "adapter_config.json")
+    state = load_file(folder / "adapter_model.safetensors")
+    if (found := weights_digest(state)) != adapter_digest:
+        raise StoreError(
+            f"The adapter in {folder} has weights digest {found[:12]}, its {SIDECAR} says "
+            f"{adapter_digest[:12]}; it is damaged: publish it again."
+        )
+    base = load_base(find_base(root, base_digest), device)
+    targets = [name for name in LINEARS if name in config["target_modules"]]
+    try:
+        add_lora(base.model, config["r"], config["lora_alpha"], seed=0, targets=targets)
+        load_lora_state(base.model, state)
+    except ValueError as error:
+        raise InputError(f"The adapter in {folder} does not fit its base: {error}.") from error
+    base.model.eval()
+    on_gpu = base.model.tokens.weight.is_cuda
+    return Voice(base, adapter_digest, torch.bfloat16 if on_gpu else torch.float32)
+
+
+def _tensors(root: Root, path: str, digest: str) -> dict[str, torch.Tensor]:
+    """Tensors of a safetensors file of the root; a local root is read in place."""
+    local = root.local_path(path)
+    if local is None:
+        local = cache_folder() / "weights" / f"{digest}.safetensors"
+        if not local.exists():
+            root.get_file(path, local)
+    state = load_file(local)
+    if (found := weights_digest(state)) != digest:
+        raise StoreError(
+            f"{path} in {root.url} has weights digest {found[:12]}, its {SIDECAR} says "
+            f"{digest[:12]}; the file is damaged: restore it from a backup."
+        )
+    return state
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path} is not readable ({error}); expected an adapter folder."
+        ) from error
+    return dict(value)

@@ -1,0 +1,1 @@
+"""Money and time: prices, the meter, the forecast. Pure functions over records."""

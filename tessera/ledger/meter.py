@@ -1,0 +1,135 @@
+"""The meter: which seconds of which instance each attempt pays for, and what they were spent on.
+
+The cost of an instance is its price times the union of its billed intervals, and each second
+belongs to exactly one attempt. Several attempts of one or many runs may share an instance, and
+each may name the instance's creation as the start of its bill: the one that started first owns
+its interval, the next owns what is left (so an idle gap between two attempts is paid by the later
+one).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+Interval = tuple[float, float]
+
+CATEGORIES = (
+    "provision", "setup", "compile", "data_wait", "train", "evaluate", "checkpoint", "idle", "lost",
+)  # fmt: skip
+"""Every billed second is filed under one of these."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """The billed life of one attempt; times in seconds since the epoch.
+
+    ``ended_at`` is what the attempt said, or its last heartbeat with ``estimated`` set.
+    """
+
+    attempt: str
+    provider: str
+    instance: str
+    started_at: float
+    billed_from: float
+    ended_at: float
+    usd_per_hour: float | None
+    estimated: bool = False
+
+
+@dataclass(frozen=True)
+class Bill:
+    """What one attempt owns: disjoint intervals, seconds and dollars (None: price unknown)."""
+
+    attempt: str
+    intervals: tuple[Interval, ...]
+    seconds: float
+    usd: float | None
+    estimated: bool
+
+
+@dataclass(frozen=True)
+class Span:
+    """Seconds that the loop filed under a category, ending at ``step``."""
+
+    attempt: str
+    category: str
+    seconds: float
+    step: int
+
+
+def bill(usages: Iterable[Usage]) -> dict[str, Bill]:
+    """Give every billed second to exactly one attempt; keyed by ``Usage.attempt``."""
+    by_instance: defaultdict[tuple[str, str], list[Usage]] = defaultdict(list)
+    for usage in usages:
+        by_instance[usage.provider, usage.instance].append(usage)
+    bills: dict[str, Bill] = {}
+    for group in by_instance.values():
+        taken: list[Interval] = []
+        for usage in sorted(group, key=lambda u: (u.started_at, u.attempt)):
+            wanted = (min(usage.billed_from, usage.started_at), usage.ended_at)
+            own = subtract(wanted, taken)
+            taken = sorted([*taken, *own])
+            seconds = sum(end - start for start, end in own)
+            price = usage.usd_per_hour
+            usd = None if price is None else price * seconds / 3600
+            bills[usage.attempt] = Bill(usage.attempt, tuple(own), seconds, usd, usage.estimated)
+    return bills
+
+
+def subtract(wanted: Interval, taken: Sequence[Interval]) -> list[Interval]:
+    """``wanted`` without the parts that the disjoint, sorted ``taken`` intervals cover."""
+    start, end = wanted
+    left: list[Interval] = []
+    for other_start, other_end in taken:
+        if other_end <= start or other_start >= end:
+            continue
+        if other_start > start:
+            left.append((start, other_start))
+        start = max(start, other_end)
+    if start < end:
+        left.append((start, end))
+    return left
+
+
+def total_usd(bills: Iterable[Bill]) -> float | None:
+    """Sum of dollars; None as soon as one attempt's price is unknown."""
+    total = 0.0
+    for item in bills:
+        if item.usd is None:
+            return None
+        total += item.usd
+    return total
+
+
+def file_seconds(
+    bill_: Bill,
+    spans: Iterable[Span],
+    *,
+    started_at: float,
+    setup_started_at: float | None,
+    kept_upto: int | None,
+) -> dict[str, float]:
+    """Seconds of one attempt's bill by category; they add up to ``bill_.seconds``.
+
+    Steps above ``kept_upto`` were computed again by a later attempt: whatever they were spent on is
+    ``lost`` (None: nothing was). Before the process started the time is provision, from
+    ``setup_started_at`` on setup. What no span covers is idle.
+    """
+    filed = dict.fromkeys(CATEGORIES, 0.0)
+    for start, end in bill_.intervals:
+        before = max(0.0, min(end, started_at) - start)
+        split = min(max(setup_started_at or started_at, start), max(start, min(end, started_at)))
+        filed["provision"] += min(before, split - start)
+        filed["setup"] += max(0.0, before - (split - start))
+    for span in spans:
+        lost = kept_upto is not None and span.step > kept_upto
+        filed["lost" if lost else span.category] += span.seconds
+    rest = bill_.seconds - sum(filed.values())
+    if rest >= 0:
+        filed["idle"] += rest
+    else:  # the spans reach past an estimated end, or another attempt owns a part of the interval
+        scale = bill_.seconds / sum(filed.values())
+        filed = {name: seconds * scale for name, seconds in filed.items()}
+    return filed

@@ -1,0 +1,76 @@
+"""The promoted adapter as an MLflow model, ``models:/tessera-adapter@champion``.
+
+MLflow stores this file beside the adapter and runs it on loading ("models from code"), so nothing
+is pickled. The adapter travels with the model; the base does not (it may be gigabytes and many
+adapters share it): it is found in the root by its weights digest, which is checked. The root is the
+one that ``TESSERA_ROOT`` names, else the one that the promotion came from.
+
+    model.predict(["Who are you?"])                                     one greedy answer a prompt
+    model.predict(frame_with_a_column_prompt, params={"seed": 7})       sampled
+
+Nothing imports this module: MLflow's base class is needed to define the class, and everywhere else
+MLflow is imported inside functions.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow.pyfunc.model import PythonModel
+
+from tessera.errors import InputError
+from tessera.evaluation.weights import Voice, load_voice_from_folder
+from tessera.storage import ROOT_VARIABLE, open_root
+
+# MLflow wants type hints that it could check prompts by, but those would forbid a DataFrame.
+warnings.filterwarnings("ignore", message=".*type hints to the `predict`", category=UserWarning)
+
+
+class AdapterModel(PythonModel):
+    """An adapter on its base that answers prompts."""
+
+    voice: Voice
+
+    def load_context(self, context: Any) -> None:
+        """Find the base in the root and put the adapter on it; both digests are checked."""
+        url = os.environ.get(ROOT_VARIABLE) or (context.model_config or {}).get("root")
+        self.voice = load_voice_from_folder(open_root(url), Path(context.artifacts["adapter"]))
+
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
+        """Answers (list of str), one for each prompt.
+
+        ``model_input``: a prompt, a list of prompts, or a table with a column ``prompt``.
+        ``params``: ``seed`` (None: greedy), ``max_new_tokens`` (tokens), ``temperature``,
+        ``top_p``.
+        """
+        given = {key: value for key, value in (params or {}).items() if value is not None}
+        return [self.voice.answer(prompt, **given) for prompt in prompts_of(model_input)]
+
+
+def prompts_of(model_input: Any) -> list[str]:
+    """The prompts in whatever MLflow or a person handed over; ``InputError`` if there are none."""
+    if hasattr(model_input, "columns"):
+        columns = list(model_input.columns)
+        column = "prompt" if "prompt" in columns else columns[0] if len(columns) == 1 else None
+        values = None if column is None else list(model_input[column])
+    elif isinstance(model_input, str):
+        values = [model_input]
+    elif isinstance(model_input, dict):
+        inner = model_input.get("prompt")
+        values = [inner] if isinstance(inner, str) else inner
+    else:
+        values = [
+            item.get("prompt") if isinstance(item, dict) else item for item in list(model_input)
+        ]
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise InputError(
+            "The input holds no prompts; give a list of texts or a table with a column 'prompt'."
+        )
+    return values
+
+
+mlflow.models.set_model(AdapterModel())

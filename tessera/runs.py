@@ -1,0 +1,349 @@
+"""Runs: identity, attempts, lineage, fencing, and the layout of ``runs/`` in the root.
+
+    runs/<run_id>/
+    ├── run.json                          created once: identity, experiment, fingerprint, commit
+    ├── attempts/<n>-<token>.json         one a launch
+    ├── attempts/<n>-<token>.end.json     how it ended; absent while it runs and after a kill -9
+    ├── journal/<n>-<token>/<segment>.jsonl
+    ├── checkpoints/step-<step>-<n>-<token>/   ``COMPLETE`` is written last
+    ├── latest.json                       a hint for people; readers follow the lineage
+    ├── model/                            at the end of a pretraining
+    ├── adapters/<name>/                  one an epoch of a fine-tuning
+    └── interviews/<suite digest>/<adapter>.json
+
+Some stores ignore conditional writes, so two attempts may be alive at once and both believe that
+they are alone. Nothing here depends on their agreeing: each writes under its own ``<n>-<token>``,
+and a reader picks one *lineage*: the furthest complete checkpoint, the attempt that wrote it, the
+checkpoint that attempt resumed from, and so on back to the start. Two live attempts can waste
+money, never mix. ``superseded_by`` saves that money: before each publication an attempt looks for
+a later one (higher number; same number, smaller token) and stops.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from tessera.errors import ConflictError, InputError, StoreError
+from tessera.experiment import NAME_PATTERN, Experiment, dump, parse_experiment
+from tessera.storage import Root, canonical_json
+
+RUN_ID_VARIABLE = "TESSERA_RUN_ID"
+FINISHED, BUDGET, DIVERGED, PREEMPTED, FAILED, SUPERSEDED = (
+    "FINISHED", "BUDGET", "DIVERGED", "PREEMPTED", "FAILED", "SUPERSEDED",
+)  # fmt: skip
+OUTCOMES_DONE = frozenset({FINISHED, BUDGET})
+
+
+@dataclass(frozen=True)
+class CheckpointRef:
+    """A complete checkpoint: the step it holds and the attempt that wrote it."""
+
+    step: int
+    attempt: str
+
+    @property
+    def folder(self) -> str:
+        """Its folder, relative to the run's."""
+        return f"checkpoints/step-{self.step}-{self.attempt}"
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One launch of a run: where it runs, what that costs, and what it continues.
+
+    Times are seconds since the epoch; ``usd_per_hour`` is None where nobody told a price.
+    """
+
+    number: int
+    token: str
+    started_at: float
+    provider: str
+    instance: str
+    host: str
+    device: str
+    devices: int
+    usd_per_hour: float | None
+    price_source: str
+    billed_from: float
+    billed_from_source: str
+    setup_started_at: float | None = None
+    resumed_from: CheckpointRef | None = None
+
+    @property
+    def id(self) -> str:
+        """``<n>-<token>``, which everything that the attempt writes carries."""
+        return f"{self.number}-{self.token}"
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How an attempt ended, written by itself; a killed one leaves none."""
+
+    outcome: str
+    exit_code: int
+    ended_at: float
+    step: int
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of the surviving lineage: steps above ``after`` up to ``upto`` of one attempt."""
+
+    attempt: str
+    after: int
+    upto: int
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """``run.json``: what a run is, written once."""
+
+    run_id: str
+    name: str
+    kind: str
+    created_at: float
+    experiment: dict[str, Any]
+    identity: dict[str, Any]
+    fingerprint: str
+    data: dict[str, Any]
+    commit: str | None
+    base: dict[str, str] | None = None
+
+
+def identity_hash(identity: Mapping[str, Any], fingerprint: str) -> str:
+    """Eight hex digits of every loss-affecting setting and the data fingerprint."""
+    material = canonical_json({"identity": dict(identity), "fingerprint": fingerprint})
+    return hashlib.sha256(material).hexdigest()[:8]
+
+
+class Run:
+    """One run in a root; every listing is read afresh, since others write too."""
+
+    def __init__(self, root: Root, record: RunRecord) -> None:
+        self.root = root
+        self.record = record
+        self.id = record.run_id
+
+    def path(self, *parts: str) -> str:
+        """A path inside the run, relative to the root."""
+        return "/".join(("runs", self.id, *parts))
+
+    @property
+    def experiment(self) -> Experiment:
+        """The resolved experiment that created the run."""
+        return parse_experiment(self.record.experiment)
+
+    # -- attempts --------------------------------------------------------------------------------
+
+    def attempts(self) -> list[Attempt]:
+        """All attempts, by number and then token."""
+        found = [
+            _attempt(self.root.read_json(self.path("attempts", name)))
+            for name in self.root.children(self.path("attempts"))
+            if name.endswith(".json") and not name.endswith(".end.json")
+        ]
+        return sorted(found, key=lambda a: (a.number, a.token))
+
+    def endings(self) -> dict[str, Ending]:
+        """How each attempt that said so ended, by attempt id."""
+        return {
+            name.removesuffix(".end.json"): Ending(
+                **self.root.read_json(self.path("attempts", name))
+            )
+            for name in self.root.children(self.path("attempts"))
+            if name.endswith(".end.json")
+        }
+
+    def start_attempt(self, attempt: Attempt, resumed_from: CheckpointRef | None) -> Attempt:
+        """Publish ``attempt`` under the next number and a fresh token.
+
+        ``resumed_from`` is the checkpoint it continues, which the caller has fetched and verified.
+        """
+        numbers = [other.number for other in self.attempts()]
+        fresh = replace(
+            attempt,
+            number=max(numbers, default=0) + 1,
+            token=secrets.token_hex(4),
+            resumed_from=resumed_from,
+        )
+        self.root.publish_json(self.path("attempts", f"{fresh.id}.json"), asdict(fresh))
+        return fresh
+
+    def end_attempt(self, attempt: Attempt, ending: Ending) -> None:
+        """Publish how ``attempt`` ended."""
+        self.root.publish_json(self.path("attempts", f"{attempt.id}.end.json"), asdict(ending))
+
+    def superseded_by(self, attempt: Attempt) -> str | None:
+        """Id of an attempt that takes precedence over this one, or None."""
+        mine = (-attempt.number, attempt.token)
+        for name in self.root.children(self.path("attempts")):
+            if match := re.fullmatch(r"(\d+)-([0-9a-f]+)\.json", name):
+                other = (-int(match[1]), match[2])
+                if other < mine:
+                    return name.removesuffix(".json")
+        return None
+
+    def finished(self) -> Ending | None:
+        """The ending that completed the run, if one did."""
+        done = [e for e in self.endings().values() if e.outcome in OUTCOMES_DONE]
+        return min(done, key=lambda e: e.ended_at) if done else None
+
+    # -- checkpoints and lineage -----------------------------------------------------------------
+
+    def checkpoints(self) -> list[CheckpointRef]:
+        """Complete checkpoints, furthest first; at one step the latest attempt first."""
+        found: list[tuple[int, int, str]] = []
+        for path in self.root.files(self.path("checkpoints")):
+            match = re.search(r"/step-(\d+)-(\d+)-([0-9a-f]+)/COMPLETE$", path)
+            if match:
+                found.append((-int(match[1]), -int(match[2]), match[3]))
+        return [CheckpointRef(-step, f"{-number}-{token}") for step, number, token in sorted(found)]
+
+    def furthest(self) -> CheckpointRef | None:
+        """The complete checkpoint that a new attempt continues from."""
+        found = self.checkpoints()
+        return found[0] if found else None
+
+    def lineage(self) -> list[Segment]:
+        """The surviving lineage, oldest first: whose records count, and for which steps.
+
+        It ends at the step of the attempt that finished the run, else at the furthest complete
+        checkpoint; what lies beyond is not recorded yet. Raises ``StoreError`` where an attempt
+        that the lineage needs is missing.
+        """
+        attempts = {attempt.id: attempt for attempt in self.attempts()}
+        done = [(n, e) for n, e in self.endings().items() if e.outcome in OUTCOMES_DONE]
+        if done:
+            tip = min(done, key=lambda item: item[1].ended_at)
+            name, upto = tip[0], tip[1].step
+        elif (checkpoint := self.furthest()) is not None:
+            name, upto = checkpoint.attempt, checkpoint.step
+        else:
+            return []
+        segments: list[Segment] = []
+        while True:
+            if name not in attempts:
+                raise StoreError(
+                    f"attempts/{name}.json of run {self.id} is missing in {self.root.url} but its "
+                    "checkpoints are there; restore it from a backup."
+                )
+            before = attempts[name].resumed_from
+            segments.append(Segment(name, before.step if before else 0, upto))
+            if before is None:
+                return segments[::-1]
+            name, upto = before.attempt, before.step
+
+
+# -- creating and finding
+# ----------------------------------------------------------------------------
+
+
+def create_or_open(
+    root: Root,
+    experiment: Experiment,
+    *,
+    fingerprint: str,
+    data: dict[str, Any],
+    base: dict[str, str] | None = None,
+    run_id: str | None = None,
+    new: bool = False,
+    commit: str | None = None,
+) -> tuple[Run, bool]:
+    """The run that this experiment and data belong to, and whether it was created just now.
+
+    ``run_id`` (else ``TESSERA_RUN_ID``) names it, otherwise the identity does; ``new`` takes the
+    first free ``-2``, ``-3``, ... instead of continuing. A loss-affecting setting or fingerprint
+    that differs from the stored run's is a ``ConflictError`` that names it.
+    """
+    identity = dict(experiment.identity)
+    if base is not None:
+        identity["base.weights_digest"] = base["weights_digest"]
+    run_id = run_id or os.environ.get(RUN_ID_VARIABLE) or None
+    if run_id is not None and not re.fullmatch(NAME_PATTERN, run_id):
+        raise InputError(f"The run id {run_id!r} is not usable; use a-z, 0-9, '.', '_' and '-'.")
+    wanted = run_id or f"{experiment.name}-{identity_hash(identity, fingerprint)}"
+    record = RunRecord(
+        run_id=wanted,
+        name=experiment.name,
+        kind=experiment.kind,
+        created_at=time.time(),
+        experiment=dump(experiment),
+        identity=identity,
+        fingerprint=fingerprint,
+        data=data,
+        commit=commit,
+        base=base,
+    )
+    number = 1
+    while True:
+        name = wanted if number == 1 else f"{wanted}-{number}"
+        record = replace(record, run_id=name)
+        if root.create_json(f"runs/{name}/run.json", asdict(record)):
+            return Run(root, record), True
+        if not new:
+            run = open_run(root, name)
+            _refuse_changes(run.record, record)
+            return run, False
+        number += 1
+
+
+def _refuse_changes(stored: RunRecord, wanted: RunRecord) -> None:
+    if stored.fingerprint != wanted.fingerprint:
+        raise ConflictError(
+            f"Run {stored.run_id} was trained on data {stored.fingerprint[:12]}, this experiment "
+            f"reads {wanted.fingerprint[:12]}; give the old data back (data.fingerprint) or start "
+            "another run with --new."
+        )
+    for key in sorted(stored.identity.keys() | wanted.identity.keys()):
+        old, now = stored.identity.get(key), wanted.identity.get(key)
+        if old != now:
+            raise ConflictError(
+                f"Run {stored.run_id} was started with {key} = {old}, this experiment says {now}; "
+                "put it back, or start another run with --new."
+            )
+
+
+def open_run(root: Root, run_id: str) -> Run:
+    """The run of that exact id."""
+    return Run(root, RunRecord(**root.read_json(f"runs/{run_id}/run.json")))
+
+
+def list_runs(root: Root) -> list[Run]:
+    """Every run of the root, oldest first."""
+    found = []
+    for name in root.children("runs"):
+        if root.exists(f"runs/{name}/run.json"):
+            found.append(open_run(root, name))
+    return sorted(found, key=lambda run: (run.record.created_at, run.id))
+
+
+def find_run(root: Root, text: str, *, kind: str | None = None) -> Run:
+    """The run that ``text`` names: its id, else the experiment name or id prefix of exactly one."""
+    names = root.children("runs")
+    if text in names:
+        return open_run(root, text)
+    runs = [run for run in list_runs(root) if kind is None or run.record.kind == kind]
+    matches = [run for run in runs if run.record.name == text]
+    matches = matches or [run for run in runs if run.id.startswith(text)]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise InputError(
+            f"{text!r} names {len(matches)} runs ({', '.join(run.id for run in matches[:5])}); "
+            "give the whole run id."
+        )
+    known = ", ".join(run.id for run in runs[:5]) or "none yet"
+    raise InputError(f"No run is called {text!r} in {root.url}; there is: {known}.")
+
+
+def _attempt(data: dict[str, Any]) -> Attempt:
+    resumed = data.get("resumed_from")
+    return Attempt(**{**data, "resumed_from": CheckpointRef(**resumed) if resumed else None})

@@ -1,0 +1,213 @@
+"""What the root says about a run, read once: its attempts, its lineage, and which records count.
+
+Everything that shows or replays a run starts here, so that the table, the web view and a promotion
+can never disagree about which attempt's points survived or who paid for which second.
+
+The order of reading matters: lineage first, journals after it. A checkpoint is complete only once
+every record up to its step is in the root, so the journals read later cover at least the lineage.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+
+from tessera.ledger.meter import Bill, Span, Usage, bill, file_seconds
+from tessera.runs import OUTCOMES_DONE, Attempt, Ending, Run, Segment, list_runs
+from tessera.storage import Root
+from tessera.tracking.journal import Kind, Record, read_journal
+
+ALIVE_S = 90.0
+"""An attempt without an ending lives if its last record is younger; uploads come every 30 s."""
+
+SURE_PRICES = frozenset({"provider", "TESSERA_USD_PER_HOUR"})
+"""Price sources that were told for this machine; dollars from any other are an estimate."""
+
+_READERS = 8  # object stores answer slowly but many at once
+
+
+@dataclass(frozen=True)
+class AttemptHistory:
+    """One attempt and its records; times in seconds since the epoch.
+
+    ``ended_at`` is what it said, else the time of its last record in the root (its own start if it
+    left none). ``estimated`` marks that figure for an attempt that is neither ended nor alive.
+    """
+
+    attempt: Attempt
+    ending: Ending | None
+    records: tuple[Record, ...]
+    ended_at: float
+    alive: bool
+
+    @property
+    def estimated(self) -> bool:
+        """Whether nobody said when it ended."""
+        return self.ending is None and not self.alive
+
+    @property
+    def usage(self) -> Usage:
+        """What the ledger wants to know of it."""
+        a = self.attempt
+        return Usage(
+            a.id, a.provider, a.instance, a.started_at, a.billed_from, self.ended_at,
+            a.usd_per_hour, self.estimated,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunHistory:
+    """One run as the root has it at one moment."""
+
+    run: Run
+    lineage: tuple[Segment, ...]
+    attempts: tuple[AttemptHistory, ...]
+
+    @property
+    def upto(self) -> int | None:
+        """The last step that is recorded for good; None before the first checkpoint."""
+        return self.lineage[-1].upto if self.lineage else None
+
+    @property
+    def done(self) -> Ending | None:
+        """The ending that completed the run (the earliest, as in ``Run.finished``)."""
+        endings = [
+            a.ending for a in self.attempts if a.ending and a.ending.outcome in OUTCOMES_DONE
+        ]
+        return min(endings, key=lambda ending: ending.ended_at, default=None)
+
+    @cached_property
+    def points(self) -> tuple[Record, ...]:
+        """The metrics of the surviving lineage, one for each key and step, oldest first.
+
+        Step s of a segment counts if after < s <= upto; step 0 belongs to the first segment.
+        """
+        seen: set[tuple[str, int]] = set()
+        points = []
+        for record in self.kept("metric"):
+            if (record.key, record.step) not in seen:
+                seen.add((record.key, record.step))
+                points.append(record)
+        return tuple(points)
+
+    def kept(self, kind: Kind) -> Iterator[Record]:
+        """Records of ``kind`` in the surviving lineage, oldest first."""
+        by_id = {item.attempt.id: item for item in self.attempts}
+        for number, segment in enumerate(self.lineage):
+            after = -1 if number == 0 else segment.after
+            for record in by_id[segment.attempt].records:
+                if record.kind == kind and after < record.step <= segment.upto:
+                    yield record
+
+    @property
+    def live(self) -> Record | None:
+        """The newest metric of a living attempt beyond the lineage, or None."""
+        newest = None
+        for item in self.attempts:
+            if item.alive:
+                for record in item.records:
+                    beyond = self.upto is None or record.step > self.upto
+                    if record.kind == "metric" and beyond:
+                        newest = record if newest is None else max(newest, record, key=_place)
+        return newest
+
+    def kept_upto(self, item: AttemptHistory) -> int | None:
+        """The step above which the attempt's work was or must be done again; None: nothing was.
+
+        A living attempt at the tip may still publish what it has done, so nothing of it is lost
+        unless a later attempt already goes over the same steps.
+        """
+        names = [segment.attempt for segment in self.lineage]
+        later = any(other.attempt.number > item.attempt.number for other in self.attempts)
+        if item.attempt.id in names:
+            segment = self.lineage[names.index(item.attempt.id)]
+            tip = segment is self.lineage[-1]
+            done = item.ending is not None and item.ending.outcome in OUTCOMES_DONE
+            return None if tip and (done or (item.alive and not later)) else segment.upto
+        if item.alive and not later:
+            return None
+        return item.attempt.resumed_from.step if item.attempt.resumed_from else 0
+
+
+def _place(record: Record) -> tuple[int, float]:
+    return record.step, record.time
+
+
+def read_history(run: Run, *, now: float | None = None, records: bool = True) -> RunHistory:
+    """Read one run. ``now`` (seconds since the epoch) decides which attempts are alive.
+
+    Without ``records`` only the journals that tell when an attempt ended are read. Raises
+    ``StoreError`` for a damaged journal or a missing attempt.
+    """
+    now = time.time() if now is None else now
+    lineage = tuple(run.lineage())
+    endings = run.endings()
+    attempts = []
+    for attempt in run.attempts():
+        ending = endings.get(attempt.id)
+        needed = records or ending is None
+        lines = tuple(read_journal(run, attempt.id)) if needed else ()
+        last = max((line.time for line in lines), default=attempt.started_at)
+        alive = ending is None and now - last < ALIVE_S
+        ended_at = ending.ended_at if ending else last
+        attempts.append(AttemptHistory(attempt, ending, lines, ended_at, alive))
+    return RunHistory(run, lineage, tuple(attempts))
+
+
+def read_histories(root: Root, *, now: float | None = None) -> list[RunHistory]:
+    """Every run of the root, oldest first."""
+    with ThreadPoolExecutor(_READERS) as pool:
+        return list(pool.map(lambda run: read_history(run, now=now), list_runs(root)))
+
+
+def read_with_neighbours(
+    run: Run, *, now: float | None = None
+) -> tuple[RunHistory, list[RunHistory]]:
+    """One run, and the attempts of all others with no more records than the bill needs."""
+    others = [other for other in list_runs(run.root) if other.id != run.id]
+    with ThreadPoolExecutor(_READERS) as pool:
+        neighbours = pool.map(lambda other: read_history(other, now=now, records=False), others)
+        return read_history(run, now=now), list(neighbours)
+
+
+def bill_all(histories: Iterable[RunHistory]) -> dict[str, Bill]:
+    """Bills of all attempts together, since one instance may have carried several runs.
+
+    Keyed by ``run id/attempt id``: tokens of attempts are random, not unique by force.
+    """
+    usages = []
+    for history in histories:
+        for item in history.attempts:
+            usage = item.usage
+            usages.append(Usage(**{**vars(usage), "attempt": f"{history.run.id}/{usage.attempt}"}))
+    return bill(usages)
+
+
+def bills_of(history: RunHistory, bills: dict[str, Bill]) -> list[tuple[AttemptHistory, Bill]]:
+    """The run's attempts with their share of ``bill_all``."""
+    return [(item, bills[f"{history.run.id}/{item.attempt.id}"]) for item in history.attempts]
+
+
+def file_attempt(history: RunHistory, item: AttemptHistory, own: Bill) -> dict[str, float]:
+    """Seconds of one attempt by category of the ledger; they add up to its billed seconds."""
+    spans = [
+        Span(record.attempt, record.key, record.number, record.step)
+        for record in item.records
+        if record.kind == "span"
+    ]
+    return file_seconds(
+        own,
+        spans,
+        started_at=item.attempt.started_at,
+        setup_started_at=item.attempt.setup_started_at,
+        kept_upto=history.kept_upto(item),
+    )
+
+
+def last_number(points: Sequence[Record], key: str) -> float | None:
+    """The value of a metric at its furthest step, or None."""
+    found = [point for point in points if point.key == key]
+    return max(found, key=lambda point: point.step).number if found else None

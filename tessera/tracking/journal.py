@@ -1,0 +1,303 @@
+"""The journal: an append-only list of typed records that the training loop never waits for.
+
+A record costs the loop one ``json.dumps`` and one write to a local file. A thread uploads the
+open segment under its own key every ``upload_every_s`` (which is the attempt's heartbeat too) and
+closes it at 4 MB; each upload replaces the whole segment, so a torn or repeated one cannot exist.
+``flush`` blocks until everything written so far is in the root: a checkpoint calls it before
+``COMPLETE``, so what a complete checkpoint covers is always recorded.
+
+Nothing here raises into the loop. If the local disk is full the segment lives in memory; if the
+root does not answer, the records wait and the next upload carries them. A process that is killed
+leaves its local segments behind, and the next attempt of the run on that machine uploads them
+(``adopt``), so even the last half minute is not lost there.
+
+    {"kind": "metric", "key": "train/loss", "value": 3.2, "step": 100, "time": 1.7e9, "seq": 41}
+
+Kinds: ``metric`` (a number over steps), ``param`` and ``tag`` (a string), ``event`` (something that
+happened, with details), ``span`` (seconds filed under a category of the ledger). NaN and infinities
+are the strings "NaN", "Infinity", "-Infinity": JSON has no such numbers.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal, get_args
+
+from tessera.errors import StoreError, TesseraError
+from tessera.runs import Run
+from tessera.storage import Root, cache_folder
+
+Kind = Literal["metric", "param", "tag", "event", "span"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+HEARTBEAT = "heartbeat"
+SEGMENT_BYTES = 4 << 20
+UPLOAD_EVERY_S = 30.0
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line of the journal. ``value`` is a number, a string, or an event's details."""
+
+    kind: Kind
+    key: str
+    value: Any
+    step: int
+    time: float
+    attempt: str
+    seq: int
+
+    @property
+    def number(self) -> float:
+        """The value of a metric or span as a float, NaN and infinities included."""
+        return _NOT_FINITE[self.value] if isinstance(self.value, str) else float(self.value)
+
+
+def _spool_folder(root: Root, run_id: str) -> Path:
+    # Two roots may hold runs of the same id; the spool of one must not be adopted by the other.
+    place = root.url.replace("://", "_").strip("/").replace("/", "_")
+    return cache_folder() / "journal" / place / run_id
+
+
+class Journal:
+    """The writer of one attempt. Use ``flush`` before a publication and ``close`` at the end."""
+
+    def __init__(self, run: Run, attempt: str, *, upload_every_s: float = UPLOAD_EVERY_S) -> None:
+        self._run, self.attempt = run, attempt
+        self._seq = 0
+        self._segment = 0
+        self._lines: list[bytes] = []
+        self._size = 0
+        self._uploaded = 0
+        self._closed_segments: list[tuple[int, bytes]] = []
+        self._last_time = 0.0
+        self.last_error: str | None = None
+        self._append_lock = threading.Lock()
+        self._upload_lock = threading.Lock()
+        self._wake = threading.Event()
+        self._stopping = False
+        self._upload_every_s = upload_every_s
+        self._spool = _spool_folder(run.root, run.id) / attempt
+        self._lock_file = self._claim_spool()
+        self._file: IO[bytes] | None = None
+        self._open_spool_file()
+        self._thread = threading.Thread(target=self._keep_uploading, name="journal", daemon=True)
+        self._thread.start()
+
+    # -- the loop's side: microseconds, no exception -----------------------------------------------
+
+    def metric(self, key: str, value: float, step: int) -> None:
+        """A number over steps."""
+        number = float(value)
+        self._append("metric", key, number if math.isfinite(number) else _spell(number), step)
+
+    def param(self, key: str, value: str) -> None:
+        """A setting that never changes within the run."""
+        self._append("param", key, value, 0)
+
+    def tag(self, key: str, value: str, step: int = 0) -> None:
+        """A fact that may differ between attempts; the latest one counts."""
+        self._append("tag", key, value, step)
+
+    def event(self, key: str, step: int, **details: Any) -> None:
+        """Something that happened."""
+        self._append("event", key, details, step)
+
+    def span(self, category: str, seconds: float, step: int) -> None:
+        """Seconds of the ledger's ``category`` spent up to ``step``."""
+        self._append("span", category, float(seconds), step)
+
+    def _append(self, kind: Kind, key: str, value: Any, step: int) -> None:
+        now = time.time()
+        with self._append_lock:
+            self._seq += 1
+            self._last_time = now
+            line = {"kind": kind, "key": key, "value": value, "step": step}
+            line |= {"time": round(now, 4), "attempt": self.attempt, "seq": self._seq}
+            try:
+                data = json.dumps(line, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+            except (TypeError, ValueError):
+                line["value"] = repr(value)  # an event's odd detail is worth less than the loop
+                data = json.dumps(line, separators=(",", ":")).encode() + b"\n"
+            self._lines.append(data)
+            self._size += len(data)
+            if self._file is not None:
+                try:
+                    self._file.write(data)
+                    self._file.flush()
+                except OSError as error:
+                    self.last_error = f"the local journal cannot be written ({error})"
+                    self._file = None  # the lines stay in memory until they are in the root
+            if self._size >= SEGMENT_BYTES:
+                self._closed_segments.append((self._segment, b"".join(self._lines)))
+                self._segment += 1
+                self._lines, self._size, self._uploaded = [], 0, 0
+                self._open_spool_file()
+
+    # -- the root's side -------------------------------------------------------------------------
+
+    def flush(self) -> None:
+        """Block until every record written so far is in the root; raises ``StoreError`` if not."""
+        self._upload()
+
+    def close(self, *, quiet: bool = False) -> None:
+        """Upload what is left and stop. With ``quiet`` a failing root is not an error."""
+        self._stopping = True
+        self._wake.set()
+        self._thread.join()
+        try:
+            self._upload()
+        except TesseraError:
+            if not quiet:
+                raise
+            return  # the spool stays for the next attempt on this machine
+        finally:
+            if self._file is not None:
+                self._file.close()
+            if self._lock_file is not None:
+                self._lock_file.close()
+        _remove_spool(self._spool)
+
+    def _keep_uploading(self) -> None:
+        while not self._wake.wait(self._upload_every_s):
+            if self._stopping:
+                return
+            if time.time() - self._last_time > self._upload_every_s / 2:
+                self._append("event", HEARTBEAT, {}, -1)
+            try:
+                self._upload()
+                self.last_error = None
+            except Exception as error:
+                self.last_error = str(error)
+
+    def _upload(self) -> None:
+        """Publish closed segments and the open one; the lock makes uploads one at a time."""
+        with self._upload_lock:
+            while True:
+                with self._append_lock:
+                    if not self._closed_segments:
+                        number, data, closed = self._segment, b"".join(self._lines), False
+                        fresh = len(data) > self._uploaded
+                    else:
+                        (number, data), closed, fresh = self._closed_segments[0], True, True
+                if fresh:
+                    self._run.root.publish(_segment_path(self._run, self.attempt, number), data)
+                if not closed:
+                    with self._append_lock:
+                        if number == self._segment:
+                            self._uploaded = len(data)
+                    return
+                with self._append_lock:
+                    self._closed_segments.pop(0)
+
+    def _claim_spool(self) -> IO[bytes] | None:
+        try:
+            self._spool.mkdir(parents=True, exist_ok=True)
+            file = (self._spool / "lock").open("wb")
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self.last_error = f"the local journal cannot be written ({error})"
+            return None
+        return file
+
+    def _open_spool_file(self) -> None:
+        if self._lock_file is None:
+            return
+        try:
+            if getattr(self, "_file", None) is not None:
+                self._file.close()  # type: ignore[union-attr]
+            self._file = (self._spool / f"{self._segment:06d}.jsonl").open("wb")
+        except OSError as error:
+            self.last_error = f"the local journal cannot be written ({error})"
+            self._file = None
+
+
+def adopt(run: Run) -> list[str]:
+    """Upload what dead attempts of ``run`` left on this machine; returns their ids.
+
+    An attempt that is alive holds a lock on its folder and is passed over.
+    """
+    folder = _spool_folder(run.root, run.id)
+    adopted = []
+    for spool in sorted(folder.iterdir()) if folder.is_dir() else []:
+        try:
+            lock = (spool / "lock").open("rb+")
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            continue
+        with lock:
+            for file in sorted(spool.glob("*.jsonl")):
+                data = file.read_bytes()
+                data = data[: data.rfind(b"\n") + 1]  # the last line may be torn
+                path = _segment_path(run, spool.name, int(file.stem))
+                if data and len(data) > (
+                    len(run.root.read_bytes(path)) if run.root.exists(path) else 0
+                ):
+                    run.root.publish(path, data)
+        _remove_spool(spool)
+        adopted.append(spool.name)
+    return adopted
+
+
+def read_journal(run: Run, attempt: str) -> Iterator[Record]:
+    """The records of one attempt that are in the root, in order of writing.
+
+    A torn last line of a segment is left out; any other broken line is a ``StoreError`` naming it.
+    """
+    last = 0
+    for path in run.root.files(run.path("journal", attempt)):
+        lines = run.root.read_bytes(path).split(b"\n")
+        for number, line in enumerate(lines, 1):
+            if not line:
+                continue
+            try:
+                record = Record(**json.loads(line))
+            except (ValueError, TypeError) as error:
+                if number == len(lines):
+                    break
+                raise StoreError(
+                    f"{path} in {run.root.url} is damaged at line {number} ({error}); restore the "
+                    "segment from a backup."
+                ) from error
+            if record.seq > last:
+                last = record.seq
+                yield record
+
+
+def last_record_time(run: Run, attempt: str) -> float | None:
+    """When an attempt was last heard of: the time of its last record in the root."""
+    segments = run.root.files(run.path("journal", attempt))
+    if not segments:
+        return None
+    for line in reversed(run.root.read_bytes(segments[-1]).split(b"\n")):
+        try:
+            return float(json.loads(line)["time"])
+        except (ValueError, KeyError, TypeError):
+            continue  # the empty end, or a torn line
+    return None
+
+
+def _segment_path(run: Run, attempt: str, number: int) -> str:
+    return run.path("journal", attempt, f"{number:06d}.jsonl")
+
+
+def _remove_spool(spool: Path) -> None:
+    for file in spool.glob("*"):
+        file.unlink(missing_ok=True)
+    try:
+        spool.rmdir()
+    except OSError:
+        pass
+
+
+def _spell(number: float) -> str:
+    if math.isnan(number):
+        return "NaN"
+    return "Infinity" if number > 0 else "-Infinity"

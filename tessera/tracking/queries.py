@@ -1,0 +1,262 @@
+"""The questions people ask of a root: how good is each run, and what did it cost?
+
+No MLflow here: the answers come from the records of the root, so they are the same on a laptop that
+never synced anything. Losses are of the surviving lineage alone (see ``tessera.tracking.history``);
+dollars are of every attempt, the lost ones too, since those were paid for.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from tessera.ledger.meter import CATEGORIES, Bill, total_usd
+from tessera.runs import (
+    BUDGET,
+    DIVERGED,
+    FAILED,
+    FINISHED,
+    PREEMPTED,
+    SUPERSEDED,
+    Run,
+)
+from tessera.storage import Root
+from tessera.tracking.history import (
+    ALIVE_S,
+    SURE_PRICES,
+    RunHistory,
+    bill_all,
+    bills_of,
+    file_attempt,
+    last_number,
+    read_histories,
+    read_with_neighbours,
+)
+from tessera.tracking.journal import Record
+
+Status = Literal["finished", "budget", "running", "died", "failed", "diverged", "preempted"]
+STATUSES: tuple[Status, ...] = get_args(Status)
+_BY_OUTCOME: dict[str, Status] = {
+    FINISHED: "finished", BUDGET: "budget", DIVERGED: "diverged",
+    PREEMPTED: "preempted", FAILED: "failed",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """One run in figures; None is "not known" throughout.
+
+    Losses are nats a token on the frozen evaluation. ``final_loss`` and ``best_loss`` leave the
+    base's loss at step 0 of a fine-tuning out (it is ``base_loss``). ``cost_usd`` covers every
+    attempt; ``cost_estimated`` says that an end or a price in it is one. ``usd_per_mtok`` is
+    dollars per million tokens. ``wall_s`` adds up the attempts from start to end, ``seconds`` files
+    what was billed by category. ``tokens_per_s`` counts the lineage's tokens over its seconds of
+    training and waiting for data. ``step`` is covered by a checkpoint or the end, ``live_step`` is
+    beyond it. Times are seconds since the epoch; ``ended_at`` is None while the run is running.
+    """
+
+    run_id: str
+    name: str
+    kind: str
+    status: Status
+    created_at: float
+    started_at: float
+    ended_at: float | None
+    step: int | None
+    total_steps: int | None
+    live_step: int | None
+    live_loss: float | None
+    tokens: int | None
+    final_loss: float | None
+    best_loss: float | None
+    base_loss: float | None
+    unigram_entropy: float | None
+    cost_usd: float | None
+    cost_estimated: bool
+    usd_per_mtok: float | None
+    wall_s: float
+    tokens_per_s: float | None
+    base: str | None
+    attempts: int
+    price_sources: tuple[str, ...]
+    devices: tuple[str, ...]
+    seconds: dict[str, float]
+
+
+def summarise(root: Root, *, now: float | None = None) -> list[RunSummary]:
+    """Every run of the root, oldest first; ``now`` (seconds since the epoch) is for tests."""
+    histories = read_histories(root, now=now)
+    bills = bill_all(histories)
+    return [summarise_history(history, bills, now=now) for history in histories]
+
+
+def summarise_run(root: Root, run: Run, *, now: float | None = None) -> RunSummary:
+    """One run; the bill still looks at all runs, for instances that several of them shared."""
+    history, others = read_with_neighbours(Run(root, run.record), now=now)
+    return summarise_history(history, bill_all([history, *others]), now=now)
+
+
+def summarise_history(
+    history: RunHistory, bills: dict[str, Bill], *, now: float | None = None
+) -> RunSummary:
+    """One run that was read already; ``bills`` is ``bill_all`` over all runs of the root."""
+    record = history.run.record
+    own = bills_of(history, bills)
+    cost = total_usd(own_bill for _, own_bill in own) if own else 0.0
+    seconds = dict.fromkeys(CATEGORIES, 0.0)
+    for item, own_bill in own:
+        for name, value in file_attempt(history, item, own_bill).items():
+            seconds[name] += value
+    sources = [item.attempt.price_source for item in history.attempts]
+    points = history.points
+    tokens = last_number(points, "progress/tokens")
+    losses, base_loss = _losses(record.kind, points)
+    numbers = [loss for loss in losses if not math.isnan(loss)]
+    status = _status(history, now)
+    live = history.live if history.done is None else None
+    ends = [item.ended_at for item in history.attempts]
+    return RunSummary(
+        run_id=record.run_id,
+        name=record.name,
+        kind=record.kind,
+        status=status,
+        created_at=record.created_at,
+        started_at=min((i.attempt.started_at for i in history.attempts), default=record.created_at),
+        ended_at=None if status == "running" else max(ends, default=record.created_at),
+        step=history.upto,
+        total_steps=_total_steps(record.experiment, record.data),
+        live_step=live.step if live else None,
+        live_loss=_live_loss(history, live),
+        tokens=int(tokens) if tokens is not None and math.isfinite(tokens) else None,
+        final_loss=losses[-1] if losses else None,
+        best_loss=min(numbers) if numbers else (losses[-1] if losses else None),
+        base_loss=base_loss,
+        unigram_entropy=last_number(points, "eval/unigram_entropy"),
+        cost_usd=cost,
+        cost_estimated=any(b.estimated for _, b in own) or not SURE_PRICES.issuperset(sources),
+        usd_per_mtok=cost / tokens * 1e6 if cost is not None and tokens else None,
+        wall_s=sum(max(0.0, i.ended_at - i.attempt.started_at) for i in history.attempts),
+        tokens_per_s=_speed(history, tokens),
+        base=(record.base or {}).get("run_id"),
+        attempts=len(history.attempts),
+        price_sources=tuple(dict.fromkeys(sources)),
+        devices=tuple(dict.fromkeys(item.attempt.device for item in history.attempts)),
+        seconds=seconds,
+    )
+
+
+def _losses(kind: str, points: Sequence[Record]) -> tuple[list[float], float | None]:
+    """Evaluation losses by step, and the base's own for a fine-tuning."""
+    evaluated = sorted((p for p in points if p.key == "eval/loss"), key=lambda p: p.step)
+    if kind == "pretrain":
+        return [point.number for point in evaluated], None
+    first = next((point.number for point in evaluated if point.step == 0), None)
+    own = [point.number for point in evaluated if point.step > 0]
+    said = last_number(points, "eval/base_loss")
+    return own or [point.number for point in evaluated], first if said is None else said
+
+
+def _status(history: RunHistory, now: float | None) -> Status:
+    if history.done is not None:
+        return _BY_OUTCOME[history.done.outcome]
+    if not history.attempts:
+        age = (time.time() if now is None else now) - history.run.record.created_at
+        return "running" if age < ALIVE_S else "died"
+    number = max(item.attempt.number for item in history.attempts)
+    latest = [item for item in history.attempts if item.attempt.number == number]
+    if any(item.alive for item in latest):
+        return "running"
+    # Two attempts of one number: the smaller token took over (see ``Run.superseded_by``).
+    said = [i.ending.outcome for i in latest if i.ending and i.ending.outcome != SUPERSEDED]
+    return _BY_OUTCOME.get(said[0], "failed") if said else "died"
+
+
+def _total_steps(experiment: dict[str, Any], data: dict[str, Any]) -> int | None:
+    """Steps of the whole run, where the experiment or its data says so."""
+    tokens, batch = experiment.get("tokens"), experiment.get("batch")
+    per_step = batch.get("tokens_per_step") if isinstance(batch, dict) else None
+    if isinstance(tokens, int) and isinstance(per_step, int) and per_step > 0:
+        return tokens // per_step
+    steps = data.get("steps")
+    return steps if isinstance(steps, int) else None
+
+
+def _live_loss(history: RunHistory, live: Record | None) -> float | None:
+    """The training loss at or before the live step, of the same attempt."""
+    if live is None:
+        return None
+    records = next(i.records for i in history.attempts if i.attempt.id == live.attempt)
+    found = [r for r in records if r.kind == "metric" and r.key == "train/loss"]
+    return found[-1].number if found else None
+
+
+def _speed(history: RunHistory, tokens: float | None) -> float | None:
+    working = ("train", "data_wait")
+    seconds = sum(span.number for span in history.kept("span") if span.key in working)
+    return tokens / seconds if tokens and seconds > 0 else None
+
+
+@dataclass(frozen=True)
+class AttemptSummary:
+    """One attempt's bill: ``status`` is its outcome, ``running`` or ``died``; times in epoch seconds.
+
+    ``seconds`` are billed seconds by category; ``usd`` is None where nobody told a price.
+    """
+
+    attempt: str
+    status: str
+    reason: str
+    device: str
+    provider: str
+    instance: str
+    usd_per_hour: float | None
+    price_source: str
+    billed_from_source: str
+    started_at: float
+    ended_at: float
+    estimated: bool
+    resumed_from: int | None
+    usd: float | None
+    seconds: dict[str, float]
+
+
+def summarise_attempts(history: RunHistory, bills: dict[str, Bill]) -> list[AttemptSummary]:
+    """The attempts of a run, in order; ``bills`` is ``bill_all`` over all runs of the root."""
+    found = []
+    for item, own in bills_of(history, bills):
+        a, ending = item.attempt, item.ending
+        status = ending.outcome.lower() if ending else "running" if item.alive else "died"
+        found.append(
+            AttemptSummary(
+                attempt=a.id,
+                status=status,
+                reason=ending.reason if ending else "",
+                device=f"{a.devices} x {a.device}",
+                provider=a.provider,
+                instance=a.instance,
+                usd_per_hour=a.usd_per_hour,
+                price_source=a.price_source,
+                billed_from_source=a.billed_from_source,
+                started_at=a.started_at,
+                ended_at=item.ended_at,
+                estimated=own.estimated,
+                resumed_from=a.resumed_from.step if a.resumed_from else None,
+                usd=own.usd,
+                seconds=file_attempt(history, item, own),
+            )
+        )
+    return found
+
+
+def usd_by_category(attempts: Sequence[AttemptSummary]) -> dict[str, float] | None:
+    """Dollars by category of the ledger, over all attempts; None if a price is unknown."""
+    total = dict.fromkeys(CATEGORIES, 0.0)
+    for attempt in attempts:
+        if attempt.usd_per_hour is None:
+            return None
+        for name, seconds in attempt.seconds.items():
+            total[name] += seconds * attempt.usd_per_hour / 3600
+    return total

@@ -1,0 +1,266 @@
+"""The one training loop, for any ``Program``.
+
+Order of a step: take the data, forward and backward in micro-batches, clip, step the optimiser.
+Then, where due: evaluate, publish what the program publishes, checkpoint. An evaluation comes
+before the checkpoint of the same step, so that what a checkpoint covers includes it.
+
+The host looks at the device only when something is due (a log point, an evaluation, a
+checkpoint): losses are summed on the device in between, so that a GPU never waits for a print. At
+each such point a loss that is not a number ends the run before anything is published from it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tessera.errors import DivergedError, StoreError
+from tessera.ledger.forecast import forecast
+from tessera.model.loss import summed_cross_entropy
+from tessera.model.peak import Peak
+from tessera.runs import Attempt, Run
+from tessera.storage import Root
+from tessera.tracking.journal import Journal
+from tessera.training.checkpoint import guard_publication, save_checkpoint, training_state
+from tessera.training.clock import SpanClock
+from tessera.training.cost import RunningCost
+from tessera.training.optim import set_learning_rate
+from tessera.training.program import Prefetcher, Program, StepBatch
+from tessera.training.progress import ProgressLine, Standing
+from tessera.training.schedule import learning_rate
+
+
+@dataclass
+class StopRequest:
+    """Set from a signal handler: finish the step, save, leave."""
+
+    signal: str | None = None
+
+
+@dataclass
+class Session:
+    """What one attempt works with."""
+
+    root: Root
+    run: Run
+    attempt: Attempt
+    journal: Journal
+    line: ProgressLine
+    peak: Peak
+    stop: StopRequest
+
+
+@dataclass
+class _Interval:
+    """What has happened since the last log point."""
+
+    loss: Tensor
+    steps: int = 0
+    tokens: int = 0
+    since: float = field(default_factory=time.monotonic)
+
+
+class Loop:
+    """Trains a program from step ``done`` to its end; ``run`` returns the last step reached."""
+
+    def __init__(
+        self,
+        session: Session,
+        program: Program,
+        optimizer: torch.optim.Optimizer,
+        *,
+        done: int,
+        tokens: int,
+    ) -> None:
+        self._s, self._program, self._optimizer = session, program, optimizer
+        self._experiment = program.experiment
+        self.done, self.tokens = done, tokens
+        self._saved_at = done
+        self._compiles = compiles(program)
+        self._clock = SpanClock(session.journal)
+        self._cost = RunningCost(session.run, session.attempt)
+        self._interval = self._fresh_interval()
+        self._grad_norm: Tensor | None = None
+        self._step_seconds = 0.0
+
+    def run(self) -> int:
+        """Train until the last step or a stop request; everything due is published on the way."""
+        self._s.journal.span("setup", time.time() - self._s.attempt.started_at, self.done)
+        if self.done == 0:
+            self._evaluate_if_due()
+        data = Prefetcher(self._program, self.done) if self.done < self._program.steps else None
+        first = True
+        try:
+            while data is not None and self.done < self._program.steps and not self._s.stop.signal:
+                with self._clock.filing("data_wait"):
+                    batch = data.take(self.done)
+                if first and self._compiles:
+                    with self._clock.filing("compile"):
+                        self._step(batch)
+                        self._settle()
+                    self._interval = self._fresh_interval()
+                else:
+                    self._step(batch)
+                first = False
+                self._after_step()
+        finally:
+            if data is not None:
+                data.close()
+        if self._s.stop.signal and self._saved_at < self.done < self._program.steps:
+            self._save()
+        self._clock.report(self.done)
+        return self.done
+
+    # -- one step --------------------------------------------------------------------------------
+
+    def _step(self, batch: StepBatch) -> None:
+        program, settings = self._program, self._experiment.optimizer
+        lr = learning_rate(self._experiment.schedule, settings.lr, self.done, program.steps)
+        set_learning_rate(self._optimizer, lr)
+        total = torch.zeros((), device=program.device)
+        for inputs, targets in batch.micro:
+            inputs = inputs.to(program.device, non_blocking=True)
+            targets = targets.to(program.device, non_blocking=True)
+            states = program.model.hidden(inputs, program.compute_dtype)
+            loss = summed_cross_entropy(states, program.model.tokens.weight, targets)
+            loss = loss / batch.targets
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        self._grad_norm = torch.nn.utils.clip_grad_norm_(
+            list(program.trainable.values()), settings.clip_norm
+        )
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.done += 1
+        self.tokens += batch.tokens
+        self._interval.loss += total
+        self._interval.steps += 1
+        self._interval.tokens += batch.tokens
+        self._lr = lr
+
+    def _after_step(self) -> None:
+        last = self.done == self._program.steps
+        if last or self.done % self._experiment.log_every_steps == 0:
+            self._log()
+        self._evaluate_if_due()
+        self._publish_if_due()
+        if not last and self.done % self._experiment.checkpoint.every_steps == 0:
+            self._save()
+
+    # -- what is due -----------------------------------------------------------------------------
+
+    def _settle(self) -> float:
+        """Wait for the device; the mean loss since the last log point, which must be a number."""
+        loss = float(self._interval.loss) / max(1, self._interval.steps)
+        if self._interval.steps and not math.isfinite(loss):
+            self._s.journal.event("run/diverged", self.done, loss=repr(loss))
+            raise DivergedError(
+                f"The loss became {loss} at step {self.done} of run {self._s.run.id}; lower "
+                "optimizer.lr or optimizer.clip_norm and start again with --new."
+            )
+        return loss
+
+    def _log(self) -> None:
+        loss = self._settle()
+        self._clock.report(self.done)
+        interval, journal, step = self._interval, self._s.journal, self.done
+        if interval.steps == 0:
+            return
+        elapsed = time.monotonic() - interval.since
+        speed = interval.tokens / elapsed
+        self._step_seconds = elapsed / interval.steps
+        usd = self._cost.usd()
+        mfu = self._program.flops_per_token * speed / self._s.peak.flops
+        journal.metric("train/loss", loss, step)
+        journal.metric("train/lr", self._lr, step)
+        journal.metric("train/grad_norm", float(self._grad_norm), step)  # type: ignore[arg-type]
+        journal.metric("train/tokens_per_s", speed, step)
+        journal.metric("train/mfu", mfu, step)
+        journal.metric("progress/tokens", self.tokens, step)
+        if usd is not None:
+            journal.metric("cost/usd", usd, step)
+        ahead = forecast(
+            steps_left=self._program.steps - step,
+            seconds_per_step=self._step_seconds,
+            usd_so_far=usd,
+            usd_per_hour=self._s.attempt.usd_per_hour,
+        )
+        self._s.line.show(
+            Standing(
+                step, self._program.steps, loss, speed, mfu, usd, ahead.seconds_left,
+                ahead.usd_at_end,
+            )
+        )  # fmt: skip
+        self._interval = self._fresh_interval()
+
+    def _evaluate_if_due(self) -> None:
+        if not self._program.evaluates_after(self.done):
+            return
+        self._settle()
+        with self._clock.filing("evaluate"), self._aside():
+            figures = self._program.evaluate(self.done)
+        for key, value in figures.items():
+            self._s.journal.metric(key, value, self.done)
+        shown = "  ".join(f"{key} {value:.4f}" for key, value in figures.items())
+        self._s.line.say(f"step {self.done}  {shown}")
+
+    def _publish_if_due(self) -> None:
+        if not self._program.publishes_after(self.done):
+            return
+        self._settle()
+        with self._clock.filing("checkpoint"), self._aside():
+            guard_publication(self._s.run, self._s.attempt)
+            key, details = self._program.publish(self._s.run, self.done)
+        self._s.journal.event(key, self.done, **details)
+
+    def _save(self) -> None:
+        self._settle()
+        with self._clock.filing("checkpoint"), self._aside():
+            try:
+                save_checkpoint(
+                    self._s.run,
+                    self._s.attempt,
+                    self._s.journal,
+                    step=self.done,
+                    tensors=training_state(self._program.trainable, self._optimizer),
+                    state={"tokens": self.tokens, "fingerprint": self._s.run.record.fingerprint},
+                    keep=self._experiment.checkpoint.keep,
+                )
+            except StoreError as error:
+                # A full disk or a store that is down costs a checkpoint, not the run.
+                self._s.journal.event("checkpoint/failed", self.done, reason=str(error))
+                self._s.line.say(f"no checkpoint at step {self.done}: {error}")
+                return
+        self._saved_at = self.done
+        self._clock.report(self.done)
+
+    # -- small things ----------------------------------------------------------------------------
+
+    def _fresh_interval(self) -> _Interval:
+        return _Interval(torch.zeros((), device=self._program.device))
+
+    def _aside(self) -> _Aside:
+        return _Aside(self._interval)
+
+
+class _Aside:
+    """Time spent here is not training time of the interval's speed."""
+
+    def __init__(self, interval: _Interval) -> None:
+        self._interval = interval
+
+    def __enter__(self) -> None:
+        self._entered = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self._interval.since += time.monotonic() - self._entered
+
+
+def compiles(program: Program) -> bool:
+    """Whether the blocks are compiled: as the experiment says, ``auto`` meaning on a GPU."""
+    setting = program.experiment.compile
+    return setting == "on" or (setting == "auto" and program.device.type == "cuda")

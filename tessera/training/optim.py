@@ -1,0 +1,35 @@
+"""The optimiser: AdamW in two groups, norm weights without weight decay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from tessera.experiment import Optimizer
+
+
+def build_optimizer(
+    settings: Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019) over the trainable parameters; fused on a GPU."""
+    decayed = [p for p in parameters.values() if p.ndim >= 2]
+    plain = [p for p in parameters.values() if p.ndim < 2]
+    groups = [
+        {"params": decayed, "weight_decay": settings.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=settings.lr,
+        betas=settings.betas,
+        eps=settings.eps,
+        fused=next(iter(parameters.values())).is_cuda,
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The same learning rate for every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr

@@ -1,0 +1,102 @@
+"""The progress line: step, loss, speed, MFU, dollars so far, time and dollars at the end.
+
+On a terminal a live bar; elsewhere (a log, CI) a plain line at most every few seconds, because a
+bar redrawn into a file helps nobody.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+PLAIN_EVERY_S = 5.0
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What the line shows; dollars are None where no price is known."""
+
+    step: int
+    steps: int
+    loss: float
+    tokens_per_s: float
+    mfu: float
+    usd: float | None
+    seconds_left: float
+    usd_at_end: float | None
+
+
+def duration(seconds: float) -> str:
+    """``45s``, ``3m20s``, ``5h12m``, ``6d01h``: two units are enough to plan by."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole}s"
+    minutes, secs = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes}m{secs:02d}s"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours}h{minutes:02d}m"
+    return f"{hours // 24}d{hours % 24:02d}h"
+
+
+def dollars(usd: float | None) -> str:
+    """Dollars with as many digits as the sum deserves."""
+    if usd is None:
+        return "$?"
+    return f"${usd:.2f}" if usd >= 1 else f"${usd:.4f}"
+
+
+class ProgressLine:
+    """A context manager that shows ``Standing``s on stderr."""
+
+    def __init__(self, title: str, steps: int, *, quiet: bool = False) -> None:
+        self._console = Console(stderr=True, quiet=quiet)
+        self._title, self._last = title, -PLAIN_EVERY_S
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        if self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=16),
+                TextColumn("{task.completed}/{task.total} {task.fields[text]}"),
+                console=self._console,
+            )
+            self._task = self._bar.add_task(title, total=steps, text="starting")
+
+    def __enter__(self) -> ProgressLine:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self._console.print(f"{self._title}: {text}", highlight=False, markup=False, soft_wrap=True)
+
+    def show(self, at: Standing) -> None:
+        """Refresh the line."""
+        text = (
+            f"loss {at.loss:.3f}  {at.tokens_per_s:,.0f} tok/s  MFU {at.mfu:.1%}  "
+            f"{dollars(at.usd)} so far  {duration(at.seconds_left)} left, "
+            f"{dollars(at.usd_at_end)} at the end"
+        )
+        if self._bar is not None:
+            self._bar.update(self._task, completed=at.step, text=text)
+            return
+        now = time.monotonic()
+        if now - self._last >= PLAIN_EVERY_S or at.step == at.steps:
+            self._last = now
+            self.say(f"step {at.step}/{at.steps}  {text}")

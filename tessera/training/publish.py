@@ -1,0 +1,57 @@
+"""What a run leaves for others: ``model/`` and ``adapters/<name>/``, each with its weights digest.
+
+The sidecar ``weights.json`` is written last and readers check the tensors against it, so half a
+publication, or one mixed from two attempts, is never taken for a model.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tessera.corpus.tokenizer import Tokenizer
+from tessera.evaluation.weights import SIDECAR, Base, shape_to_json
+from tessera.experiment import Lora
+from tessera.model.digest import weights_digest
+from tessera.model.lora import lora_state, peft_config
+from tessera.model.protogpt import ProtoGPT
+from tessera.runs import Run
+
+
+def publish_model(run: Run, model: ProtoGPT, tokenizer: Tokenizer) -> str:
+    """Write ``model/``: float32 weights, sizes, tokenizer, digest. Returns the weights digest."""
+    state = {
+        name: tensor.detach().float().cpu().contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    digest = weights_digest(state)
+    _put_tensors(run, "model/model.safetensors", state)
+    run.root.publish_json(run.path("model/config.json"), shape_to_json(model.shape))
+    run.root.publish(run.path("model/tokenizer.json"), tokenizer.to_bytes())
+    run.root.publish_json(run.path("model", SIDECAR), {"weights_digest": digest})
+    return digest
+
+
+def publish_adapter(run: Run, name: str, model: ProtoGPT, lora: Lora, base: Base) -> str:
+    """Write ``adapters/<name>/`` in PEFT's format beside the base's digest; returns its own."""
+    folder = f"adapters/{name}"
+    state = lora_state(model)
+    digest = weights_digest(state)
+    _put_tensors(run, f"{folder}/adapter_model.safetensors", state)
+    config = peft_config(lora.rank, lora.alpha, lora.targets, base.run_id)
+    run.root.publish_json(run.path(folder, "adapter_config.json"), config)
+    run.root.publish_json(
+        run.path(folder, "base.json"), {"run_id": base.run_id, "weights_digest": base.digest}
+    )
+    run.root.publish_json(run.path(folder, SIDECAR), {"weights_digest": digest})
+    return digest
+
+
+def _put_tensors(run: Run, path: str, state: dict[str, Tensor]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "tensors.safetensors"
+        save_file(state, file, metadata={"format": "pt"})
+        run.root.put_file(file, run.path(path))

@@ -1,0 +1,253 @@
+"""One attempt of one run, from the experiment to its ending: what ``tessera train`` does.
+
+    open or create the run -> adopt what a dead attempt left -> fetch the furthest whole checkpoint
+    -> start an attempt -> train -> write how it ended
+
+Everything that can be refused is refused before the attempt is recorded, and whatever happens after
+that, short of a kill, leaves an ending that says how it came to it.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from tessera.corpus.chat import conversations_digest
+from tessera.corpus.manifest import resolve
+from tessera.errors import DivergedError, InputError, SupersededError, TesseraError
+from tessera.evaluation.weights import best_device, load_base
+from tessera.experiment import Experiment, Pretrain, Sft
+from tessera.model.peak import peak_flops
+from tessera.runs import (
+    DIVERGED,
+    FAILED,
+    FINISHED,
+    PREEMPTED,
+    SUPERSEDED,
+    Attempt,
+    Ending,
+    Run,
+    create_or_open,
+    find_run,
+)
+from tessera.storage import Root, canonical_json, sha256_bytes
+from tessera.tracking.journal import Journal, adopt
+from tessera.training.checkpoint import fetch_checkpoint, load_checkpoint
+from tessera.training.loop import Loop, Session, StopRequest, compiles
+from tessera.training.optim import build_optimizer
+from tessera.training.pretrain import PretrainProgram
+from tessera.training.program import Program
+from tessera.training.progress import ProgressLine
+from tessera.training.sft import SftProgram
+
+RETRY = 75
+
+
+@dataclass(frozen=True)
+class Result:
+    """How ``train`` ended: the run, the exit code, and a sentence for a person."""
+
+    run: Run
+    exit_code: int
+    text: str
+
+
+def train(
+    experiment: Experiment,
+    root: Root,
+    place: Attempt,
+    *,
+    run_id: str | None = None,
+    new: bool = False,
+    quiet: bool = False,
+) -> Result:
+    """Train, or continue, the run of ``experiment``; ``place`` says where and at what price.
+
+    Raises ``TesseraError`` subclasses, whose ``exit_code`` is the command's; a stop by signal is a
+    ``Result`` with 75.
+    """
+    run, created, program = _prepare(experiment, root, run_id, new)
+    if (ending := run.finished()) is not None:
+        text = f"Run {run.id} is already finished ({ending.step} steps); use --new for another."
+        return Result(run, 0, text)
+    adopted = adopt(run)
+    loaded, notes = fetch_checkpoint(run)
+    attempt = run.start_attempt(place, loaded.ref if loaded else None)
+    journal = Journal(run, attempt.id)
+    optimizer = build_optimizer(experiment.optimizer, program.trainable)
+    done = tokens = 0
+    if loaded is not None:
+        load_checkpoint(loaded, program.trainable, optimizer)
+        done, tokens = loaded.ref.step, int(loaded.state["tokens"])
+    stop = StopRequest()
+    with ProgressLine(run.id, program.steps, quiet=quiet) as line, _signals(stop):
+        peak = peak_flops(program.device, program.compute_dtype)
+        journal.event("attempt/started", done, device=attempt.device, peak=peak.source)
+        line.say(_opening(run, attempt, program, created, done))
+        for note in notes:
+            line.say(note)
+            journal.event("checkpoint/damaged", done, reason=note)
+        if done:
+            journal.event("attempt/resumed", done, adopted=adopted)
+        session = Session(root, run, attempt, journal, line, peak, stop)
+        outcome = Ending(FAILED, 1, 0.0, done, "ended by an unexpected error")
+        loop: Loop | None = None
+        try:
+            loop = Loop(session, program, optimizer, done=done, tokens=tokens)
+            loop.run()
+            outcome = _ending(loop, program, stop)
+            if outcome.outcome == FINISHED:
+                journal.event("run/finished", loop.done)
+        except torch.OutOfMemoryError as error:
+            reason = (
+                f"{attempt.device} has too little memory for batch.micro_batch "
+                f"{experiment.batch.micro_batch}; lower it (the loss stays the same) or use a "
+                "larger GPU."
+            )
+            outcome = Ending(FAILED, 2, 0.0, loop.done if loop else done, reason)
+            raise InputError(reason) from error
+        except TesseraError as error:
+            kind = {DivergedError: DIVERGED, SupersededError: SUPERSEDED}.get(type(error), FAILED)
+            outcome = Ending(kind, error.exit_code, 0.0, loop.done if loop else done, str(error))
+            raise
+        finally:
+            _finish(run, attempt, journal, outcome)
+    return Result(run, outcome.exit_code, outcome.reason)
+
+
+def _ending(loop: Loop, program: Program, stop: StopRequest) -> Ending:
+    if loop.done < program.steps:
+        text = (
+            f"Stopped by {stop.signal} at step {loop.done} of {program.steps}, saved; the same "
+            "command continues."
+        )
+        return Ending(PREEMPTED, RETRY, 0.0, loop.done, text)
+    return Ending(FINISHED, 0, 0.0, loop.done, f"Finished all {program.steps} steps.")
+
+
+def _finish(run: Run, attempt: Attempt, journal: Journal, outcome: Ending) -> None:
+    """The journal first, then the ending: a finished run has all its records in the root."""
+    done = outcome.outcome == FINISHED
+    journal.close(quiet=not done)
+    ending = Ending(outcome.outcome, outcome.exit_code, time.time(), outcome.step, outcome.reason)
+    try:
+        run.end_attempt(attempt, ending)
+    except TesseraError:
+        if done:
+            raise  # nobody may believe it finished if the root does not say so
+
+
+def _opening(run: Run, attempt: Attempt, program: Program, created: bool, done: int) -> str:
+    if created:
+        what = f"new run, {program.steps} steps"
+    elif done:
+        what = f"continuing at step {done} of {program.steps} (attempt {attempt.number})"
+    else:
+        what = f"starting again, no checkpoint yet (attempt {attempt.number})"
+    price = "no price known"
+    if attempt.usd_per_hour is not None:
+        price = f"${attempt.usd_per_hour:g}/h ({attempt.price_source})"
+    count = sum(p.numel() for p in program.trainable.values())
+    return f"{what}; {count:,} trainable parameters on {attempt.device}; {price}"
+
+
+# -- preparing -------------------------------------------------------------------------------------
+
+
+def _prepare(
+    experiment: Experiment, root: Root, run_id: str | None, new: bool
+) -> tuple[Run, bool, Program]:
+    """The run and its program; raises before anything is recorded if they do not fit."""
+    device = best_device()
+    dtype = compute_dtype(experiment.precision, device)
+    commit = source_commit()
+    program: Program
+    if isinstance(experiment, Pretrain):
+        manifest = resolve(root, experiment.data.corpus, experiment.data.fingerprint)
+        program = PretrainProgram(experiment, root, manifest, device, dtype)
+        fingerprint = manifest.fingerprint
+        data: dict[str, Any] = {"manifest": manifest.path}
+        base_record = None
+    else:
+        base = load_base(find_run(root, experiment.base, kind="pretrain"), torch.device("cpu"))
+        fingerprint = _sft_fingerprint(experiment, base.tokenizer.sha256)
+        data = {"conversations": list(experiment.data.conversations)}
+        base_record = {"run_id": base.run_id, "weights_digest": base.digest}
+        program = SftProgram(experiment, base, fingerprint, device, dtype)
+    run, created = create_or_open(
+        root,
+        experiment,
+        fingerprint=fingerprint,
+        data=data,
+        base=base_record,
+        run_id=run_id,
+        new=new,
+        commit=commit,
+    )
+    if compiles(program):
+        for block in program.model.blocks:
+            block.compile()
+    program.model.train()
+    return run, created, program
+
+
+def _sft_fingerprint(experiment: Sft, tokenizer_sha256: str) -> str:
+    files = [Path(name) for name in experiment.data.conversations]
+    material = {"tokenizer": tokenizer_sha256, "conversations": conversations_digest(files)}
+    return sha256_bytes(canonical_json(material))
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype of activations: ``auto`` is bf16 on a GPU and float32 on a CPU."""
+    if precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise InputError(
+            f"precision is bf16, but {torch.cuda.get_device_name(device)} has no bf16; use float32 "
+            "or another GPU."
+        )
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def source_commit() -> str | None:
+    """Commit of the checkout this package runs from, ``-dirty`` appended; None outside of one."""
+    folder = Path(__file__).parent
+    try:
+        head = _git(folder, "rev-parse", "HEAD")
+        return head + ("-dirty" if _git(folder, "status", "--porcelain", ".") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(folder), *arguments],
+        check=True, capture_output=True, text=True, timeout=10,
+    )  # fmt: skip
+    return done.stdout.strip()
+
+
+@contextmanager
+def _signals(stop: StopRequest) -> Iterator[None]:
+    """SIGTERM and Ctrl-C finish the step and save; a second one leaves at once."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if stop.signal is not None:
+            raise KeyboardInterrupt
+        stop.signal = signal.Signals(number).name
+
+    before = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,158 @@
+"""Fine-tuning: a LoRA adapter on a published base, loss on the assistant's tokens only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tessera.corpus.chat import Conversation, read_conversations, render, split_holdout
+from tessera.corpus.tokenizer import Tokenizer
+from tessera.errors import InputError
+from tessera.evaluation.fixed import mean_loss
+from tessera.evaluation.weights import Base
+from tessera.experiment import Sft
+from tessera.model.lora import add_lora
+from tessera.model.loss import IGNORE
+from tessera.model.shape import flops_per_token, parameters
+from tessera.runs import Run
+from tessera.training.order import derive_key, permute
+from tessera.training.program import Program, StepBatch
+from tessera.training.publish import publish_adapter
+
+HOLDOUT_SALT = "tessera-sft-holdout-1"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One conversation as ids and targets of equal length; what is not learnt is ``IGNORE``."""
+
+    inputs: list[int]
+    targets: list[int]
+
+    @property
+    def learned(self) -> int:
+        """Targets that count."""
+        return sum(target != IGNORE for target in self.targets)
+
+
+def make_example(conversation: Conversation, tokenizer: Tokenizer, context: int) -> Example:
+    """Render a conversation; turns at its end that do not fit ``context`` are left out whole.
+
+    Raises ``InputError`` naming the conversation if not even its first exchange fits.
+    """
+    messages = list(conversation.messages)
+    while messages:
+        ids, mask = render(messages, tokenizer)
+        if len(ids) <= context + 1:
+            targets = [t if m else IGNORE for t, m in zip(ids[1:], mask[1:], strict=True)]
+            return Example(ids[:-1], targets)
+        messages = messages[:-2]
+    raise InputError(
+        f"The first exchange of conversation {conversation.id!r} needs more than the base's "
+        f"context of {context} tokens; shorten it or use a base with a longer context."
+    )
+
+
+def collate(examples: Sequence[Example], pad: int) -> tuple[Tensor, Tensor]:
+    """Right-padded (B, T) inputs and targets; causal attention never looks at the padding."""
+    length = max(len(example.inputs) for example in examples)
+    inputs = torch.full((len(examples), length), pad, dtype=torch.int64)
+    targets = torch.full((len(examples), length), IGNORE, dtype=torch.int64)
+    for row, example in enumerate(examples):
+        inputs[row, : len(example.inputs)] = torch.tensor(example.inputs)
+        targets[row, : len(example.targets)] = torch.tensor(example.targets)
+    return inputs, targets
+
+
+class SftProgram(Program):
+    """LoRA on all of a base's chosen linears; one adapter is published after every epoch."""
+
+    experiment: Sft
+
+    def __init__(
+        self,
+        experiment: Sft,
+        base: Base,
+        fingerprint: str,
+        device: torch.device,
+        compute_dtype: torch.dtype,
+    ) -> None:
+        """Raises ``InputError`` for conversations that cannot be used."""
+        self.experiment, self.base = experiment, base
+        self.device, self.compute_dtype = device, compute_dtype
+        self._fingerprint = fingerprint
+        self._pad = base.tokenizer.end_of_text_id
+        files = [Path(name) for name in experiment.data.conversations]
+        conversations = read_conversations(files)
+        train, held = split_holdout(conversations, experiment.data.holdout, HOLDOUT_SALT)
+        if not train or not held:
+            raise InputError(
+                f"data.holdout {experiment.data.holdout} leaves {len(train)} conversations to "
+                f"learn from and {len(held)} to measure on; both must be at least one."
+            )
+        context = base.model.shape.context
+        self.examples = [make_example(c, base.tokenizer, context) for c in train]
+        self.held_out = [make_example(c, base.tokenizer, context) for c in held]
+        self.truncated = sum(
+            len(render(c.messages, base.tokenizer)[0]) > context + 1 for c in conversations
+        )
+        self._per_step = experiment.batch.conversations_per_step
+        self.steps_per_epoch = -(-len(self.examples) // self._per_step)
+        self.steps = self.steps_per_epoch * experiment.epochs
+        self.model = base.model
+        lora = experiment.lora
+        add_lora(self.model, lora.rank, lora.alpha, experiment.seed, lora.targets)
+        self.model.to(device)
+        self.trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        # Frozen weights need no gradient of their own: forward and the gradient of activations.
+        shape = base.model.shape
+        self.flops_per_token = flops_per_token(shape) - 2 * (
+            parameters(shape) - shape.context * shape.d_model
+        )
+
+    def batch(self, step: int) -> StepBatch:
+        """The conversations of ``step``; each epoch is a fresh permutation."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        key = derive_key(self.experiment.seed, self._fingerprint, epoch)
+        size = len(self.examples)
+        first = place * self._per_step
+        chosen = [
+            self.examples[permute(i, size, key)]
+            for i in range(first, min(first + self._per_step, size))
+        ]
+        width = self.experiment.batch.micro_batch
+        micro = [collate(chosen[i : i + width], self._pad) for i in range(0, len(chosen), width)]
+        return StepBatch(
+            micro,
+            tokens=sum(len(example.inputs) for example in chosen),
+            targets=sum(example.learned for example in chosen),
+        )
+
+    def evaluates_after(self, done: int) -> bool:
+        """Before the first step (a fresh adapter is the base itself) and after every epoch."""
+        return done % self.steps_per_epoch == 0
+
+    def evaluate(self, done: int) -> dict[str, float]:
+        """Nats per assistant token on the held-out conversations."""
+        width = self.experiment.batch.micro_batch
+        batches = [
+            collate(self.held_out[i : i + width], self._pad)
+            for i in range(0, len(self.held_out), width)
+        ]
+        loss, _ = mean_loss(self.model, batches, self.compute_dtype)
+        return {"eval/loss": loss} | ({"eval/base_loss": loss} if done == 0 else {})
+
+    def publishes_after(self, done: int) -> bool:
+        """An adapter is published after every epoch."""
+        return done > 0 and done % self.steps_per_epoch == 0
+
+    def publish(self, run: Run, done: int) -> tuple[str, dict[str, Any]]:
+        """``adapters/ep1``, ``ep2``, ..."""
+        name = f"ep{done // self.steps_per_epoch}"
+        digest = publish_adapter(run, name, self.model, self.experiment.lora, self.base)
+        return "adapter/saved", {"name": name, "weights_digest": digest}

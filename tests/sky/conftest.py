@@ -1,0 +1,54 @@
+"""A SkyPilot of the tests' own: its HOME, its catalogs, no network, one process for all plans."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+REPOSITORY = HERE.parent.parent
+
+# Names as `sky check` prints them. Written in lower case, SkyPilot 0.14.1 disables every provider
+# as soon as a task names one that is not enabled.
+CONFIG = "allowed_clouds: [Vast, RunPod, Lambda]\n"
+
+
+@pytest.fixture(scope="session")
+def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The answers of `plan_tasks.py`: stock SkyPilot on the task YAMLs, some eight seconds once.
+
+    A catalog without a checksum beside it counts as edited by hand and is never fetched again. The
+    proxy is a port that nothing listens on, so that a request which we overlooked fails at once.
+    """
+    home = tmp_path_factory.mktemp("skypilot")
+    (home / ".sky").mkdir()
+    (home / ".sky" / "config.yaml").write_text(CONFIG)
+    shutil.copytree(HERE / "catalogs", home / ".sky" / "catalogs" / "v8")
+    answers = home / "answers.json"
+    dead_proxy = "http://127.0.0.1:9"
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(home),
+        "SKY_RUNTIME_DIR": str(home),
+        "SKYPILOT_DISABLE_USAGE_COLLECTION": "1",
+        "HTTP_PROXY": dead_proxy,
+        "HTTPS_PROXY": dead_proxy,
+    }
+    done = subprocess.run(
+        [sys.executable, str(HERE / "plan_tasks.py"), str(REPOSITORY), str(answers)],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    fetched = list(home.rglob("*.md5"))
+    assert not fetched, f"SkyPilot fetched a catalog instead of reading the seeded one: {fetched}"
+    result: dict[str, Any] = json.loads(answers.read_text())
+    return result
