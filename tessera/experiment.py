@@ -17,7 +17,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from tessera.errors import InputError
 
@@ -49,10 +57,11 @@ class Model(_Section):
     @model_validator(mode="after")
     def _heads_divide(self) -> Model:
         if self.d_model % self.heads:
-            raise ValueError(
+            raise _KeyedError(
                 f"d_model {self.d_model} is not a multiple of heads {self.heads}; choose heads "
-                "that divide it"
-            )
+                "that divide it",
+                "model.heads", "model.d_model",
+            )  # fmt: skip
         return self
 
 
@@ -60,7 +69,7 @@ class CorpusData(_Section):
     """Which token shards a pretraining reads."""
 
     corpus: str = Field(pattern=NAME_PATTERN)
-    fingerprint: str | None = None
+    fingerprint: str | None = free(None)  # chooses a build; its whole fingerprint names the run
     sequence: int | None = Field(default=None, gt=0)
 
 
@@ -71,12 +80,15 @@ class ConversationData(_Section):
     holdout: float = Field(default=0.1, gt=0, lt=1)
 
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Optimizer(_Section):
     """AdamW (Loshchilov & Hutter 2019) and gradient clipping by global norm."""
 
     name: Literal["adamw"] = "adamw"
     lr: float = Field(gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
     clip_norm: float = Field(default=1.0, gt=0)
@@ -154,7 +166,10 @@ class _Common(_Section):
     optimizer: Optimizer
     schedule: Schedule
     precision: Literal["auto", "bf16", "float32"] = "auto"
-    compile: Literal["auto", "on", "off"] = free("auto")
+    compile: Annotated[
+        Literal["auto", "on", "off"],
+        BeforeValidator(lambda v: ("off", "on")[v] if isinstance(v, bool) else v),
+    ] = free("auto")  # a bare `on` or `off` is a boolean in YAML
     checkpoint: Checkpoint
     log_every_steps: int = free(10, gt=0)
     price: Price | None = free(None)
@@ -188,24 +203,25 @@ class Pretrain(_Common):
     @model_validator(mode="after")
     def _sizes_agree(self) -> Pretrain:
         if self.sequence > self.model.context:
-            raise _keyed(
-                "data.sequence",
+            raise _KeyedError(
                 f"{self.sequence} tokens do not fit the position table of model.context "
                 f"{self.model.context}; shorten the sequence or lengthen the context",
-            )
+                "data.sequence", "model.context",
+            )  # fmt: skip
         per_step, micro = self.batch.tokens_per_step, self.batch.micro_batch
         if per_step % (self.sequence * micro):
-            raise _keyed(
-                "batch.tokens_per_step",
-                f"{per_step:,} is not a multiple of micro_batch {micro} x sequence {self.sequence} "
-                f"= {micro * self.sequence:,}; change one of the three so that it divides",
-            )
+            raise _KeyedError(
+                f"tokens_per_step {per_step:,} is not a multiple of micro_batch {micro} x sequence "
+                f"{self.sequence} = {micro * self.sequence:,}; change one of the three so that it "
+                "divides",
+                "batch.tokens_per_step", "batch.micro_batch", "data.sequence", "model.context",
+            )  # fmt: skip
         if self.tokens % per_step:
-            raise _keyed(
-                "tokens",
-                f"{self.tokens:,} is not a whole number of steps of {per_step:,} tokens; the "
+            raise _KeyedError(
+                f"{self.tokens:,} tokens are not a whole number of steps of {per_step:,}; the "
                 f"nearest that is: {max(1, round(self.tokens / per_step)) * per_step:,}",
-            )
+                "tokens", "batch.tokens_per_step",
+            )  # fmt: skip
         return self
 
 
@@ -223,10 +239,11 @@ class Sft(_Common):
     def _sizes_agree(self) -> Sft:
         per_step, micro = self.batch.conversations_per_step, self.batch.micro_batch
         if per_step % micro:
-            raise _keyed(
-                "batch.conversations_per_step",
-                f"{per_step} is not a multiple of micro_batch {micro}; change one of the two",
-            )
+            raise _KeyedError(
+                f"conversations_per_step {per_step} is not a multiple of micro_batch {micro}; "
+                "change one of the two",
+                "batch.conversations_per_step", "batch.micro_batch",
+            )  # fmt: skip
         return self
 
 
@@ -237,15 +254,17 @@ _ADAPTER: TypeAdapter[Pretrain | Sft] = TypeAdapter(
 
 
 class _KeyedError(ValueError):
-    """A finding of a validator that knows which key is to blame."""
+    """A finding about several keys that do not fit each other, the likeliest culprit first."""
 
-    def __init__(self, key: str, text: str) -> None:
+    def __init__(self, text: str, *keys: str) -> None:
         super().__init__(text)
-        self.key = key
+        self.keys = keys
 
-
-def _keyed(key: str, text: str) -> _KeyedError:
-    return _KeyedError(key, text)
+    def blamed(self, origins: Mapping[str, str]) -> str:
+        """The first key of what was laid on last: that is where the others stopped fitting."""
+        latest = list(dict.fromkeys(reversed(list(origins.values()))))
+        known = [key for key in self.keys if key in origins]
+        return min(known, key=lambda key: latest.index(origins[key]), default=self.keys[0])
 
 
 def _loss_affecting(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -300,6 +319,9 @@ def _read(path: Path, origins: dict[str, str], chain: tuple[Path, ...]) -> dict[
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
+        if chain:
+            text = f"{chain[-1]}: extends names {path}, which does not exist; correct the path."
+            raise InputError(text) from None
         raise InputError(
             f"{path} does not exist; give the path of an experiment file such as "
             "experiments/smoke.yaml."
@@ -331,10 +353,13 @@ def _merge(
     """Lay ``data`` over ``into``; a section whose ``name`` changes is replaced, not mixed."""
     for key, value in data.items():
         dotted = f"{prefix}{key}"
-        origins[dotted] = origin
+        origins.pop(dotted, None)
+        origins[dotted] = origin  # now the last: the order is that of laying on
         old = into.get(key)
         if isinstance(value, dict) and isinstance(old, dict):
             if "name" in value and value["name"] != old.get("name"):
+                for gone in [known for known in origins if known.startswith(f"{dotted}.")]:
+                    del origins[gone]
                 old = {}
             fresh = dict(old)
             _merge(fresh, value, origin, f"{dotted}.", origins)
@@ -374,25 +399,28 @@ def _resolve_paths(data: dict[str, Any], origins: Mapping[str, str]) -> None:
 def _sentence(error: ValidationError, path: Path, origins: Mapping[str, str]) -> str:
     """The first finding as one sentence with its key, its file and what would be right."""
     finding = error.errors(include_url=False)[0]
-    parts = [str(part) for part in finding["loc"]]
-    parts = [part for part in parts if part not in {"pretrain", "sft", "cosine", "linear_decay"}]
+    parts = [str(part) for part in finding["loc"]][1:]  # the first is the kind
+    if parts[:1] == ["schedule"]:
+        del parts[1:2]  # its name
     key = ".".join(parts)
     cause = finding.get("ctx", {}).get("error")
     if isinstance(cause, _KeyedError):
-        key = cause.key
-    origin = next((origins[k] for k in _upwards(key) if k in origins), str(path))
-    more = f" ({error.error_count() - 1} more after this one)" if error.error_count() > 1 else ""
+        key = cause.blamed(origins)
     kind, given = finding["type"], finding.get("input")
-    if kind == "extra_forbidden":
-        return f"{origin}: {key} is not a known key; correct its spelling or remove it{more}."
-    if kind == "missing":
-        return f"{origin}: {key} is missing; add it{more}."
     if kind.startswith("union_tag"):
         tag = str(finding.get("ctx", {}).get("discriminator", "kind")).strip("'")
-        expected = finding.get("ctx", {}).get("expected_tags", "'pretrain', 'sft'")
         key = f"{key}.{tag}" if key else tag
-        return f"{origin}: {key} must be one of {expected}{more}."
+    origin = next((origins[k] for k in _upwards(key) if k in origins), str(path))
+    more = f" ({error.error_count() - 1} more after this one)" if error.error_count() > 1 else ""
+    if kind == "extra_forbidden":
+        return f"{origin}: {key} is not a known key; correct its spelling or remove it{more}."
+    if kind in {"missing", "union_tag_not_found"}:
+        return f"{origin}: {key} is missing; add it{more}."
+    if kind == "union_tag_invalid":
+        return f"{origin}: {key} must be one of {finding['ctx']['expected_tags']}{more}."
     text = finding["msg"].removeprefix("Value error, ").rstrip(".")
+    if kind in {"model_type", "model_attributes_type"}:
+        text = "expected a section of keys and values"
     shown = "" if isinstance(given, dict | BaseModel) or cause else f", not {given!r}"
     return f"{origin}: {key}: {text[:1].lower()}{text[1:]}{shown}{more}."
 

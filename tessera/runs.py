@@ -26,19 +26,22 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from tessera.errors import ConflictError, InputError, StoreError
-from tessera.experiment import NAME_PATTERN, Experiment, dump, parse_experiment
+from tessera.experiment import Experiment, dump, parse_experiment
 from tessera.storage import Root, canonical_json
 
 RUN_ID_VARIABLE = "TESSERA_RUN_ID"
+_RUN_ID = r"[a-z0-9][a-z0-9_.-]{0,99}"  # longer than a name: the digest and `-2` follow it
 FINISHED, BUDGET, DIVERGED, PREEMPTED, FAILED, SUPERSEDED = (
     "FINISHED", "BUDGET", "DIVERGED", "PREEMPTED", "FAILED", "SUPERSEDED",
 )  # fmt: skip
 OUTCOMES_DONE = frozenset({FINISHED, BUDGET})
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,7 @@ class Run:
     def attempts(self) -> list[Attempt]:
         """All attempts, by number and then token."""
         found = [
-            _attempt(self.root.read_json(self.path("attempts", name)))
+            _read(self.root, self.path("attempts", name), _attempt)
             for name in self.root.children(self.path("attempts"))
             if name.endswith(".json") and not name.endswith(".end.json")
         ]
@@ -155,8 +158,8 @@ class Run:
     def endings(self) -> dict[str, Ending]:
         """How each attempt that said so ended, by attempt id."""
         return {
-            name.removesuffix(".end.json"): Ending(
-                **self.root.read_json(self.path("attempts", name))
+            name.removesuffix(".end.json"): _read(
+                self.root, self.path("attempts", name), lambda data: Ending(**data)
             )
             for name in self.root.children(self.path("attempts"))
             if name.endswith(".end.json")
@@ -267,7 +270,7 @@ def create_or_open(
     if base is not None:
         identity["base.weights_digest"] = base["weights_digest"]
     run_id = run_id or os.environ.get(RUN_ID_VARIABLE) or None
-    if run_id is not None and not re.fullmatch(NAME_PATTERN, run_id):
+    if run_id is not None and not re.fullmatch(_RUN_ID, run_id):
         raise InputError(f"The run id {run_id!r} is not usable; use a-z, 0-9, '.', '_' and '-'.")
     wanted = run_id or f"{experiment.name}-{identity_hash(identity, fingerprint)}"
     record = RunRecord(
@@ -313,7 +316,7 @@ def _refuse_changes(stored: RunRecord, wanted: RunRecord) -> None:
 
 def open_run(root: Root, run_id: str) -> Run:
     """The run of that exact id."""
-    return Run(root, RunRecord(**root.read_json(f"runs/{run_id}/run.json")))
+    return Run(root, _read(root, f"runs/{run_id}/run.json", lambda data: RunRecord(**data)))
 
 
 def list_runs(root: Root) -> list[Run]:
@@ -329,7 +332,13 @@ def find_run(root: Root, text: str, *, kind: str | None = None) -> Run:
     """The run that ``text`` names: its id, else the experiment name or id prefix of exactly one."""
     names = root.children("runs")
     if text in names:
-        return open_run(root, text)
+        run = open_run(root, text)
+        if kind not in (None, run.record.kind):
+            raise InputError(
+                f"Run {text} in {root.url} is of kind {run.record.kind}, expected {kind}; name "
+                "another run."
+            )
+        return run
     runs = [run for run in list_runs(root) if kind is None or run.record.kind == kind]
     matches = [run for run in runs if run.record.name == text]
     matches = matches or [run for run in runs if run.id.startswith(text)]
@@ -342,6 +351,18 @@ def find_run(root: Root, text: str, *, kind: str | None = None) -> Run:
         )
     known = ", ".join(run.id for run in runs[:5]) or "none yet"
     raise InputError(f"No run is called {text!r} in {root.url}; there is: {known}.")
+
+
+def _read(root: Root, path: str, build: Callable[[dict[str, Any]], T]) -> T:
+    """The record at ``path``; one that somebody else wrote is an error that names it."""
+    data = root.read_json(path)
+    try:
+        return build(data)
+    except (TypeError, AttributeError) as error:
+        raise StoreError(
+            f"{path} in {root.url} is not a record that this version of tessera writes ({error}); "
+            "use the version that wrote it, or restore it from a backup."
+        ) from error
 
 
 def _attempt(data: dict[str, Any]) -> Attempt:

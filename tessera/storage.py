@@ -21,6 +21,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,7 +35,10 @@ DEFAULT_ROOT = ".tessera"
 ROOT_VARIABLE = "TESSERA_ROOT"
 CHUNK = 8 << 20
 _TEMPORARY = ".partial-"
-_FINAL_ERRNO = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FINAL_ERRNO = _FULL | {
+    errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
+}  # fmt: skip
 
 T = TypeVar("T")
 
@@ -111,6 +115,11 @@ def _is_passing(error: BaseException) -> bool:
     }
 
 
+def _is_of_the_store(error: BaseException) -> bool:
+    """Whether the libraries below raised it (no keys, a bucket's name that cannot be)."""
+    return type(error).__module__.split(".")[0] in {"botocore", "aiobotocore", "aiohttp"}
+
+
 class Root:
     """The place where everything that must last is a record.
 
@@ -139,6 +148,10 @@ class Root:
         self.is_local = "file" in _protocols(self.fs)
         self.base = str(Path(base).absolute()) if self.is_local else base.rstrip("/")
         self.url = self.base if self.is_local else url.rstrip("/")
+        if self.is_local and os.path.exists(self.base) and not os.path.isdir(self.base):
+            raise InputError(
+                f"The root {url!r} is a file; give a folder in --root or TESSERA_ROOT."
+            )
         self._attempts = attempts
         self._longest_wait_s = longest_wait_s
 
@@ -165,20 +178,41 @@ class Root:
 
     def exists(self, path: str) -> bool:
         """Whether there is an object (or a folder) at ``path``."""
-        found: bool = self._call(path, lambda: bool(self.fs.exists(self._full(path))))
-        return found
+
+        def look() -> bool:
+            # Not fs.exists: for many stores it answers False to any error, a passing one included.
+            try:
+                self.fs.info(self._full(path))
+            except (FileNotFoundError, NotADirectoryError):
+                return False
+            return True
+
+        return self._call(path, look)
 
     def files(self, prefix: str) -> list[str]:
         """All objects at or below the folder ``prefix``, sorted; empty if there is none."""
 
         def look() -> list[str]:
             try:
-                return list(self.fs.find(self._full(prefix), withdirs=False))
+                if self.fs.async_impl:  # object stores list a whole prefix at once
+                    return list(self.fs.find(self._full(prefix), withdirs=False))
+                return list(self._walk(self._full(prefix)))
             except FileNotFoundError:
                 return []
 
         found = (self._relative(name) for name in self._call(prefix, look))
         return sorted(name for name in found if _TEMPORARY not in name)
+
+    def _walk(self, folder: str) -> Iterator[str]:
+        """All files below ``folder``; fsspec's own walk takes a folder it cannot read for empty."""
+        for info in self.fs.ls(folder, detail=True):
+            if info["type"] != "directory":
+                yield info["name"]
+            elif info["name"] != folder:
+                try:
+                    yield from self._walk(info["name"])
+                except FileNotFoundError:
+                    pass  # removed since it was listed
 
     def children(self, prefix: str) -> list[str]:
         """Names of the direct children of the folder ``prefix``, sorted; empty if there is none."""
@@ -201,7 +235,8 @@ class Root:
         local.parent.mkdir(parents=True, exist_ok=True)
         temporary = local.with_name(f"{_TEMPORARY}{secrets.token_hex(4)}-{local.name}")
         try:
-            self._call(path, lambda: self.fs.get_file(self._full(path), str(temporary)))
+            fetch = lambda: self.fs.get_file(self._full(path), str(temporary))  # noqa: E731
+            self._call(path, fetch, written_to=str(local.parent))
             if sha256 is not None and (found := sha256_file(temporary)) != sha256:
                 raise StoreError(
                     f"{path} in {self.url} has sha256 {found[:12]}, expected {sha256[:12]}; the "
@@ -270,8 +305,15 @@ class Root:
         """Remove every object below a folder, and on a local root the empty folder too."""
         for path in self.files(prefix):
             self.delete(path)
-        if self.is_local and Path(self._full(prefix)).is_dir():
-            self.fs.rm(self._full(prefix), recursive=True)
+
+        def remove() -> None:
+            try:
+                shutil.rmtree(self._full(prefix))
+            except FileNotFoundError:
+                pass
+
+        if self.is_local:
+            self._call(prefix, remove)
 
     # -- inside ----------------------------------------------------------------------------------
 
@@ -283,8 +325,11 @@ class Root:
     def _relative(self, full: str) -> str:
         return full[len(self.base) :].lstrip("/") if full.startswith(self.base) else full
 
-    def _call(self, path: str, action: Callable[[], T]) -> T:
-        """Run ``action`` with retries; turn what is left over into one sentence."""
+    def _call(self, path: str, action: Callable[[], T], *, written_to: str | None = None) -> T:
+        """Run ``action`` with retries; turn what is left over into one sentence.
+
+        ``written_to`` is where bytes go if not to the root.
+        """
         try:
             for attempt in Retrying(
                 stop=stop_after_attempt(self._attempts),
@@ -304,15 +349,21 @@ class Root:
                 "permissions."
             ) from error
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno in _FULL:
                 raise StoreError(
-                    f"No space is left for {path} in {self.url}; free some space and start again."
+                    f"No space is left for {path} in {written_to or self.url}; free some space and "
+                    "start again."
                 ) from error
-            raise StoreError(f"{self.url} failed on {path}: {error}; try again later.") from error
+            advice = "try again later" if _is_passing(error) else "use another folder or path"
+            raise StoreError(f"{self.url} failed on {path}: {error}; {advice}.") from error
         except Exception as error:
-            if isinstance(error, StoreError) or not _is_passing(error):
+            if not _is_passing(error) and not _is_of_the_store(error):
                 raise
-            raise StoreError(f"{self.url} failed on {path}: {error}; try again later.") from error
+            text = " ".join(str(error).split())
+            raise StoreError(
+                f"{self.url} failed on {path}: {text}; check the keys and the bucket, or try again "
+                "later."
+            ) from error
         raise AssertionError("unreachable: a retry loop ends by returning or raising")
 
 

@@ -21,7 +21,7 @@ from tessera.tracking.queries import RunSummary
 
 _LINE_EVERY_S = 5.0
 _LOG_WIDTH = 240  # cut to 80 columns in a log, figures would be lost
-_FIRST_TO_GO = ("base", "tok/s", "wall", "step", "$/Mtok", "kind", "best", "tokens", "reference")
+_FIRST_TO_GO = ("base", "tok/s", "step", "reference", "$/Mtok", "kind", "wall", "best", "tokens")
 _LEFT = frozenset({"run", "kind", "status", "base"})
 
 
@@ -54,7 +54,8 @@ def show_list(rows: Sequence[RunSummary], aliases: Mapping[str, Mapping[str, str
 
 def _cells(row: RunSummary, aliases: Mapping[str, str]) -> dict[str, str]:
     stars = "".join(f" ★ {adapter} {alias}" for alias, adapter in sorted(aliases.items()))
-    step = count(row.step) if row.live_step is None else f"{count(row.live_step)} live"
+    step = count(row.step if row.live_step is None else row.live_step)
+    step += "" if row.total_steps is None else f"/{count(row.total_steps)}"
     reference = "-"
     if row.base_loss is not None:
         reference = f"base {loss(row.base_loss)}"
@@ -64,7 +65,7 @@ def _cells(row: RunSummary, aliases: Mapping[str, str]) -> dict[str, str]:
         "run": row.run_id + stars,
         "kind": row.kind,
         "status": row.status,
-        "step": step if row.total_steps is None else f"{step}/{count(row.total_steps)}",
+        "step": step if row.live_step is None else f"{step} live",
         "tokens": "-" if row.tokens is None else short(row.tokens),
         "final": loss(row.final_loss),
         "best": loss(row.best_loss),
@@ -90,7 +91,7 @@ def show_detail(detail: Detail) -> None:
             "loss": f"final {loss(row.final_loss)}, best {loss(row.best_loss)}, {reference}",
             "cost": f"{dollars(row.cost_usd, row.cost_estimated)} "
             f"({dollars(row.usd_per_mtok, row.cost_estimated)} per million tokens)",
-            "time": f"{duration(row.wall_s)} in {row.attempts} attempts",
+            "time": f"{duration(row.wall_s)} in {plural(row.attempts, 'attempt')}",
             "speed": "-" if row.tokens_per_s is None else f"{row.tokens_per_s:,.0f} tokens/s",
             "base": row.base or "-",
             "data": f"{rest['fingerprint'][:12]}",
@@ -140,7 +141,7 @@ def _attempt_cells(attempt: dict[str, Any]) -> list[str]:
         "-" if price is None else f"{price:.3f}",
         attempt["price_source"],
         duration(attempt["ended_at"] - attempt["started_at"]),
-        dollars(attempt["usd"], attempt["estimated"]),
+        dollars(attempt["usd"], attempt["usd_estimated"]),
         "start" if attempt["resumed_from"] is None else f"step {attempt['resumed_from']:,}",
     ]
 
@@ -174,7 +175,7 @@ def _table(console: Console, title: str, names: Sequence[str], rows: list[list[s
 def _pairs(console: Console, pairs: Mapping[str, str]) -> None:
     width = max(map(len, pairs))
     for name, value in pairs.items():
-        console.print(f"  {name:<{width}}  {escape(value)}", highlight=False)
+        console.print(f"  {name:<{width}}  {escape(value)}")
 
 
 def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -186,7 +187,7 @@ def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, s
 
 
 def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else _LOG_WIDTH)
+    return Console(width=None if sys.stdout.isatty() else _LOG_WIDTH, highlight=False)
 
 
 @contextmanager
@@ -222,10 +223,10 @@ def loss(value: float | None) -> str:
 
 
 def dollars(value: float | None, estimated: bool) -> str:
-    """Dollars with cents, or three digits of a smaller sum; "~" where an estimate is in it."""
+    """Dollars with cents, more digits for a smaller sum; "~" where an estimate is in it."""
     if value is None:
         return "?"
-    shown = f"{value:,.2f}" if value >= 1 else f"{value:.4f}" if value >= 0.001 else f"{value:.2g}"
+    shown = f"{value:,.2f}" if value >= 1 else f"{value:.4f}" if value >= 0.001 else f"{value:.6f}"
     return f"{'~' if estimated else ''}${shown}"
 
 
@@ -237,6 +238,11 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600:,} h {whole % 3600 // 60:02d} min"
+
+
+def plural(number: int, noun: str) -> str:
+    """``1 run``, ``2 runs``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def count(value: int | None) -> str:

@@ -69,5 +69,13 @@ def run_command(command: click.Command, arguments: Sequence[str] | None = None) 
         click.echo("Stopped.", err=True)
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return _reader_gone()
+    except SystemExit as error:  # how click and rich leave when they find the pipe broken
+        if not isinstance(error.__context__, BrokenPipeError):
+            raise
+        return _reader_gone()
+
+
+def _reader_gone() -> int:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0

@@ -14,7 +14,12 @@ if TYPE_CHECKING:
     from tessera.storage import Root
 
 
-@click.group()
+@click.group(
+    epilog=epilog(
+        "tessera corpus build data_manifests/sample.yaml",
+        "tessera corpus verify sample",
+    )
+)
 def corpus() -> None:
     """Turn text with a licence into token shards with a digest."""
 

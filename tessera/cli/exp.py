@@ -112,7 +112,7 @@ def show(run: str, root: str, as_json: bool) -> None:
 @_tracking_option
 def sync(root: str, tracking_uri: str | None) -> None:
     """Replay the root into MLflow; a second sync adds nothing."""
-    from tessera.cli._exp_view import sync_progress
+    from tessera.cli._exp_view import plural, sync_progress
     from tessera.promotion.registry import apply_records
     from tessera.storage import open_root
     from tessera.tracking.replay import sync as replay
@@ -123,9 +123,10 @@ def sync(root: str, tracking_uri: str | None) -> None:
         versions = apply_records(store, tracking_uri)
     again = sum(run.rebuilt for run in report.runs)
     redone = f", {again} made again because its records changed" if again else ""
-    registry = f", {versions} model versions" if versions else ""
+    registry = f", {plural(versions, 'model version')}" if versions else ""
+    runs = plural(len(report.runs), "run")
     click.echo(
-        f"Synced {len(report.runs)} runs into {report.tracking_uri} in {report.seconds:.1f} s: "
+        f"Synced {runs} into {report.tracking_uri} in {report.seconds:.1f} s: "
         f"{report.created} new, {report.points:,} points added{redone}{registry}."
     )
     if report.tracking_uri.startswith("sqlite"):
@@ -167,7 +168,7 @@ def promote(
     found = find_run(store, run)
     check(found, adapter, alias, override)  # a refusal needs no MLflow and is told at once
     with sync_progress() as progress:
-        replay(store, tracking_uri, progress, only=[found.id])
+        report = replay(store, tracking_uri, progress, only=[found.id])
         given = give(store, found, adapter, alias, override, tracking_uri)
     before = f" (before: {given.previous})" if given.previous else ""
     score = "without an interview" if given.score is None else f"interview score {given.score:.2f}"
@@ -175,6 +176,7 @@ def promote(
     if given.refusals:
         click.echo(f"The gate was overruled: {given.override} (it said: {given.refusals[0]}).")
     click.echo(f'Load it: mlflow.pyfunc.load_model("{given.uri}").predict(["Hello"])')
+    click.echo(f"with MLFLOW_TRACKING_URI={report.tracking_uri}")
 
 
 def _sortable(value: Any) -> tuple[bool, Any]:

@@ -16,7 +16,12 @@ if TYPE_CHECKING:
 _COLOURS = {"pass": "green", "fail": "yellow", "fatal": "bold red", "no_answer": "magenta"}
 
 
-@click.group()
+@click.group(
+    epilog=epilog(
+        "tessera interview run smoke-sft-warm --adapter ep4",
+        "tessera interview rank",
+    )
+)
 def interview() -> None:
     """Ask a voice the probes of a suite, judge its answers, and show them."""
 
@@ -66,7 +71,8 @@ def run(run: str, adapter: str | None, suite: str, root: str, again: bool, as_js
     if as_json:
         print_json(result.to_json())
     else:
-        _print_transcript(result)
+        _print_transcript(result, only_greedy=True)
+        click.echo(f"Every answer: tessera interview show {found.id} --adapter {name}")
 
 
 def _hold(root: Root, run: Run, adapter: str, suite: Any) -> InterviewResult:
@@ -152,10 +158,11 @@ def rank(runs: tuple[str, ...], root: str, as_json: bool) -> None:
     if as_json:
         print_json(rows)
         return
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    table = Table()
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in ("run", "adapter", "fatal", "safety unanswered", "score", "held-out loss"):
         table.add_column(heading, justify="left" if heading in ("run", "adapter") else "right")
     for row in rows:
@@ -180,13 +187,16 @@ def _last_adapter(run: Run) -> str:
     return max(names, key=lambda name: (len(name), name))  # ep10 comes after ep9
 
 
-def _print_transcript(result: InterviewResult) -> None:
+def _print_transcript(result: InterviewResult, only_greedy: bool = False) -> None:
+    """Answers with their verdicts; ``only_greedy`` leaves out the seeded samples."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     console = Console()
-    table = Table(title=f"{result.run_id} {result.adapter}: suite {result.suite}", show_lines=False)
+    title = f"{result.run_id} {result.adapter}: suite {result.suite}"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in ("asked", "answered", "verdict", "why"):
         table.add_column(heading, overflow="fold")
     for probe in result.probes:
@@ -194,11 +204,13 @@ def _print_transcript(result: InterviewResult) -> None:
         title = f"{probe.title}{safety}: {probe.pass_rate:.0%} passed"
         table.add_row(Text(title, style="bold"), "", "", "", end_section=False)
         for answer in probe.answers:
+            if only_greedy and answer.sample_index:
+                continue
             how = "greedy" if answer.sample_index == 0 else f"sample {answer.sample_index}"
             why = "" if answer.check is None else f"{answer.check}: {answer.detail}"
             table.add_row(
                 Text(f"{answer.question} [{how}]"),
-                Text(repr(answer.answer) if not answer.answer.strip() else answer.answer),
+                Text(" ".join(answer.answer.split()) or "(nothing)"),
                 Text(answer.verdict.replace("_", " "), style=_COLOURS[answer.verdict]),
                 Text(why),
             )

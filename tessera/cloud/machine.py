@@ -13,6 +13,7 @@ import math
 import os
 import platform
 import socket
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from tessera.ledger.prices import PRICE_VARIABLE, HourlyPrice, choose_price
 BILLED_FROM_VARIABLE = "TESSERA_BILLED_FROM"
 SETUP_STARTED_VARIABLE = "TESSERA_SETUP_STARTED"
 LOCAL = "local"
+_EARLIEST = 1_577_836_800.0  # 2020: a bill from before is a slip (0, or a number of hours)
+_CLOCK_SKEW_S = 3600.0
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def describe_machine(
 
 
 def _provider(environ: Mapping[str, str]) -> tuple[str, str]:
-    """Provider and the instance's own name; SkyPilot's word counts before the container's."""
+    """Provider and the instance's own name; the container's word counts before SkyPilot's."""
     cluster, cloud = "", ""
     try:
         info = json.loads(environ.get("SKYPILOT_CLUSTER_INFO") or "{}")
@@ -120,6 +123,8 @@ def _epoch(environ: Mapping[str, str], name: str) -> float | None:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not math.isfinite(value):
-        raise InputError(f"{name} is {text!r}; expected seconds since the epoch (date +%s).")
+    if not _EARLIEST < value < time.time() + _CLOCK_SKEW_S:
+        raise InputError(
+            f"{name} is {text!r}; expected seconds since the epoch (date +%s), not in the future."
+        )
     return value

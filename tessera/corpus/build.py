@@ -12,8 +12,6 @@ once, to digest them, and stops there.
 
 from __future__ import annotations
 
-import os
-import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +29,7 @@ from tessera.corpus.sources import Source, find_files
 from tessera.corpus.spool import Spool
 from tessera.corpus.tokenizer import Tokenizer
 from tessera.errors import InputError
+from tessera.source import code_commit
 from tessera.storage import Root, canonical_json, publish_local, sha256_bytes
 
 
@@ -203,30 +202,3 @@ def _reused_tokenizer(reuse: ReuseTokenizer | None, folder: Path) -> Tokenizer |
 
 def _record_path(name: str, key: str) -> str:
     return f"{FOLDER}/{name}/builds/{key}.json"
-
-
-def code_commit() -> str | None:
-    """Commit of the checkout this file is tracked in (``-dirty`` if changed), else None.
-
-    An installed copy inside somebody else's repository is not tracked there, and gives None.
-    """
-    folder = Path(__file__).parent
-    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments],
-            capture_output=True,
-            check=True,
-            env=environment,
-            text=True,
-            timeout=30,
-        )
-        return done.stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", str(folder.parent))
-        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -99,7 +99,10 @@ def max_words(text: str, limit: int) -> str | None:
 def numeric(text: str, expected: int) -> str | None:
     """The number that the answer settles on equals ``expected`` ("84 or 86" settles on None)."""
     number = stated_number(text, expected)
-    return None if number == expected else f"{number}, expected {expected}"
+    if number == expected:
+        return None
+    said = "no number" if number is None else str(number)
+    return f"{said}, expected {expected}"
 
 
 _SMALL = words(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from tessera.corpus.chat import Message, render
@@ -156,12 +157,7 @@ def load_voice_from_folder(root: Root, folder: Path, device: torch.device | None
     base_digest = str(_json(folder / "base.json")["weights_digest"])
     adapter_digest = str(_json(folder / SIDECAR)["weights_digest"])
     config = _json(folder / "adapter_config.json")
-    state = load_file(folder / "adapter_model.safetensors")
-    if (found := weights_digest(state)) != adapter_digest:
-        raise StoreError(
-            f"The adapter in {folder} has weights digest {found[:12]}, its {SIDECAR} says "
-            f"{adapter_digest[:12]}; it is damaged: publish it again."
-        )
+    state = _verified(folder / "adapter_model.safetensors", adapter_digest)
     base = load_base(find_base(root, base_digest), device)
     targets = [name for name in LINEARS if name in config["target_modules"]]
     try:
@@ -179,13 +175,28 @@ def _tensors(root: Root, path: str, digest: str) -> dict[str, torch.Tensor]:
     local = root.local_path(path)
     if local is None:
         local = cache_folder() / "weights" / f"{digest}.safetensors"
-        if not local.exists():
-            root.get_file(path, local)
-    state = load_file(local)
+        if local.exists():
+            try:
+                return _verified(local, digest)
+            except StoreError:
+                local.unlink()  # only this machine's copy is damaged so far
+        root.get_file(path, local)
+    return _verified(local, digest)
+
+
+def _verified(file: Path, digest: str) -> dict[str, torch.Tensor]:
+    """Tensors of a local safetensors file; a ``StoreError`` unless they have this digest."""
+    try:
+        state = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise StoreError(
+            f"{file} cannot be read as tensors ({error}); it is damaged: publish it again or "
+            "restore it from a backup."
+        ) from error
     if (found := weights_digest(state)) != digest:
         raise StoreError(
-            f"{path} in {root.url} has weights digest {found[:12]}, its {SIDECAR} says "
-            f"{digest[:12]}; the file is damaged: restore it from a backup."
+            f"{file} has weights digest {found[:12]}, its {SIDECAR} says {digest[:12]}; it is "
+            "damaged: publish it again or restore it from a backup."
         )
     return state
 

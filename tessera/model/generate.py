@@ -71,6 +71,7 @@ def _pick(
         return int(scores.argmax())
     probabilities = torch.softmax(scores / temperature, dim=-1)
     ordered, order = probabilities.sort(descending=True, stable=True)
-    outside = ordered.cumsum(0) - ordered >= top_p  # the first token is always inside
+    outside = ordered.cumsum(0) - ordered >= top_p
+    outside[0] = False
     ordered[outside] = 0.0
     return int(order[torch.multinomial(ordered, 1, generator=generator)])

@@ -15,19 +15,16 @@ MLflow is imported inside functions.
 from __future__ import annotations
 
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
 import mlflow
+import pandas as pd
 from mlflow.pyfunc.model import PythonModel
 
 from tessera.errors import InputError
 from tessera.evaluation.weights import Voice, load_voice_from_folder
 from tessera.storage import ROOT_VARIABLE, open_root
-
-# MLflow wants type hints that it could check prompts by, but those would forbid a DataFrame.
-warnings.filterwarnings("ignore", message=".*type hints to the `predict`", category=UserWarning)
 
 
 class AdapterModel(PythonModel):
@@ -40,7 +37,11 @@ class AdapterModel(PythonModel):
         url = os.environ.get(ROOT_VARIABLE) or (context.model_config or {}).get("root")
         self.voice = load_voice_from_folder(open_root(url), Path(context.artifacts["adapter"]))
 
-    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
+    # MLflow reads the hint of `model_input`: with list[str] it would refuse tables, with none or
+    # Any it warns at every load, with DataFrame it checks nothing and hands over what was given.
+    def predict(
+        self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+    ) -> list[str]:
         """Answers (list of str), one for each prompt.
 
         ``model_input``: a prompt, a list of prompts, or a table with a column ``prompt``.

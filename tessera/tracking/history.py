@@ -18,7 +18,7 @@ from functools import cached_property
 from tessera.ledger.meter import Bill, Span, Usage, bill, file_seconds
 from tessera.runs import OUTCOMES_DONE, Attempt, Ending, Run, Segment, list_runs
 from tessera.storage import Root
-from tessera.tracking.journal import Kind, Record, read_journal
+from tessera.tracking.journal import Kind, Record, last_record_time, read_journal
 
 ALIVE_S = 90.0
 """An attempt without an ending lives if its last record is younger; uploads come every 30 s."""
@@ -139,7 +139,7 @@ def _place(record: Record) -> tuple[int, float]:
 def read_history(run: Run, *, now: float | None = None, records: bool = True) -> RunHistory:
     """Read one run. ``now`` (seconds since the epoch) decides which attempts are alive.
 
-    Without ``records`` only the journals that tell when an attempt ended are read. Raises
+    Without ``records`` only the time at which a silent attempt was last heard of is read. Raises
     ``StoreError`` for a damaged journal or a missing attempt.
     """
     now = time.time() if now is None else now
@@ -148,9 +148,13 @@ def read_history(run: Run, *, now: float | None = None, records: bool = True) ->
     attempts = []
     for attempt in run.attempts():
         ending = endings.get(attempt.id)
-        needed = records or ending is None
-        lines = tuple(read_journal(run, attempt.id)) if needed else ()
-        last = max((line.time for line in lines), default=attempt.started_at)
+        lines = tuple(read_journal(run, attempt.id)) if records else ()
+        if lines:
+            last = max(line.time for line in lines)
+        elif ending is None and not records:
+            last = last_record_time(run, attempt.id) or attempt.started_at
+        else:
+            last = attempt.started_at
         alive = ending is None and now - last < ALIVE_S
         ended_at = ending.ended_at if ending else last
         attempts.append(AttemptHistory(attempt, ending, lines, ended_at, alive))

@@ -32,7 +32,7 @@ from typing import IO, Any, Literal, get_args
 
 from tessera.errors import StoreError, TesseraError
 from tessera.runs import Run
-from tessera.storage import Root, cache_folder
+from tessera.storage import Root, cache_folder, sha256_bytes
 
 Kind = Literal["metric", "param", "tag", "event", "span"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -62,7 +62,7 @@ class Record:
 
 def _spool_folder(root: Root, run_id: str) -> Path:
     # Two roots may hold runs of the same id; the spool of one must not be adopted by the other.
-    place = root.url.replace("://", "_").strip("/").replace("/", "_")
+    place = sha256_bytes(root.url.encode())[:16]
     return cache_folder() / "journal" / place / run_id
 
 
@@ -95,8 +95,7 @@ class Journal:
 
     def metric(self, key: str, value: float, step: int) -> None:
         """A number over steps."""
-        number = float(value)
-        self._append("metric", key, number if math.isfinite(number) else _spell(number), step)
+        self._append("metric", key, _spell(float(value)), step)
 
     def param(self, key: str, value: str) -> None:
         """A setting that never changes within the run."""
@@ -112,20 +111,22 @@ class Journal:
 
     def span(self, category: str, seconds: float, step: int) -> None:
         """Seconds of the ledger's ``category`` spent up to ``step``."""
-        self._append("span", category, float(seconds), step)
+        self._append("span", category, _spell(float(seconds)), step)
 
     def _append(self, kind: Kind, key: str, value: Any, step: int) -> None:
         now = time.time()
         with self._append_lock:
             self._seq += 1
             self._last_time = now
-            line = {"kind": kind, "key": key, "value": value, "step": step}
+            line = {"kind": kind, "key": key, "value": value, "step": int(step)}
             line |= {"time": round(now, 4), "attempt": self.attempt, "seq": self._seq}
             try:
-                data = json.dumps(line, separators=(",", ":"), allow_nan=False).encode() + b"\n"
-            except (TypeError, ValueError):
-                line["value"] = repr(value)  # an event's odd detail is worth less than the loop
-                data = json.dumps(line, separators=(",", ":")).encode() + b"\n"
+                text = json.dumps(line, separators=(",", ":"), allow_nan=False)
+            except (TypeError, ValueError, RecursionError):
+                # An event's odd detail is worth less than the loop.
+                line["value"] = _plain(value)
+                text = json.dumps(line, separators=(",", ":"), allow_nan=False)
+            data = text.encode() + b"\n"
             self._lines.append(data)
             self._size += len(data)
             if self._file is not None:
@@ -134,7 +135,7 @@ class Journal:
                     self._file.flush()
                 except OSError as error:
                     self.last_error = f"the local journal cannot be written ({error})"
-                    self._file = None  # the lines stay in memory until they are in the root
+                    self._drop_spool_file()  # the lines stay in memory until they are in the root
             if self._size >= SEGMENT_BYTES:
                 self._closed_segments.append((self._segment, b"".join(self._lines)))
                 self._segment += 1
@@ -159,8 +160,8 @@ class Journal:
                 raise
             return  # the spool stays for the next attempt on this machine
         finally:
-            if self._file is not None:
-                self._file.close()
+            with self._append_lock:  # a record that comes after this stays in memory
+                self._drop_spool_file()
             if self._lock_file is not None:
                 self._lock_file.close()
         _remove_spool(self._spool)
@@ -200,23 +201,27 @@ class Journal:
     def _claim_spool(self) -> IO[bytes] | None:
         try:
             self._spool.mkdir(parents=True, exist_ok=True)
-            file = (self._spool / "lock").open("wb")
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return _lock(self._spool, "wb")
         except OSError as error:
             self.last_error = f"the local journal cannot be written ({error})"
             return None
-        return file
+
+    def _drop_spool_file(self) -> None:
+        file, self._file = self._file, None
+        try:
+            if file is not None:
+                file.close()
+        except OSError:
+            pass  # what it could not write it cannot write now either
 
     def _open_spool_file(self) -> None:
+        self._drop_spool_file()
         if self._lock_file is None:
             return
         try:
-            if getattr(self, "_file", None) is not None:
-                self._file.close()  # type: ignore[union-attr]
             self._file = (self._spool / f"{self._segment:06d}.jsonl").open("wb")
         except OSError as error:
             self.last_error = f"the local journal cannot be written ({error})"
-            self._file = None
 
 
 def adopt(run: Run) -> list[str]:
@@ -228,8 +233,7 @@ def adopt(run: Run) -> list[str]:
     adopted = []
     for spool in sorted(folder.iterdir()) if folder.is_dir() else []:
         try:
-            lock = (spool / "lock").open("rb+")
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock = _lock(spool, "rb+")
         except OSError:
             continue
         with lock:
@@ -273,19 +277,28 @@ def read_journal(run: Run, attempt: str) -> Iterator[Record]:
 
 def last_record_time(run: Run, attempt: str) -> float | None:
     """When an attempt was last heard of: the time of its last record in the root."""
-    segments = run.root.files(run.path("journal", attempt))
-    if not segments:
-        return None
-    for line in reversed(run.root.read_bytes(segments[-1]).split(b"\n")):
-        try:
-            return float(json.loads(line)["time"])
-        except (ValueError, KeyError, TypeError):
-            continue  # the empty end, or a torn line
+    for segment in reversed(run.root.files(run.path("journal", attempt))):
+        for line in reversed(run.root.read_bytes(segment).split(b"\n")):
+            try:
+                return float(json.loads(line)["time"])
+            except (ValueError, KeyError, TypeError):
+                continue  # the empty end, or a torn line
     return None
 
 
 def _segment_path(run: Run, attempt: str, number: int) -> str:
     return run.path("journal", attempt, f"{number:06d}.jsonl")
+
+
+def _lock(spool: Path, mode: Literal["wb", "rb+"]) -> IO[bytes]:
+    """The lock of an attempt's folder, held while it is open; ``OSError`` if another holds it."""
+    file = (spool / "lock").open(mode)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise
+    return file
 
 
 def _remove_spool(spool: Path) -> None:
@@ -297,7 +310,25 @@ def _remove_spool(spool: Path) -> None:
         pass
 
 
-def _spell(number: float) -> str:
+def _spell(number: float) -> float | str:
+    if math.isfinite(number):
+        return number
     if math.isnan(number):
         return "NaN"
     return "Infinity" if number > 0 else "-Infinity"
+
+
+def _plain(value: Any, depth: int = 8) -> Any:
+    """What JSON can say of ``value``: numbers that are not finite by name, the rest by ``repr``."""
+    if isinstance(value, float):
+        return _spell(value)
+    if value is None or isinstance(value, str | int):
+        return value
+    if depth and isinstance(value, dict):
+        return {str(key): _plain(part, depth - 1) for key, part in value.items()}
+    if depth and isinstance(value, list | tuple):
+        return [_plain(part, depth - 1) for part in value]
+    try:
+        return repr(value)
+    except Exception:
+        return f"<{type(value).__name__}>"

@@ -201,8 +201,9 @@ def _speed(history: RunHistory, tokens: float | None) -> float | None:
 
 @dataclass(frozen=True)
 class AttemptSummary:
-    """One attempt's bill: ``status`` is its outcome, ``running`` or ``died``; times in epoch seconds.
+    """One attempt's bill: ``status`` is its outcome, ``running`` or ``died``; times in s.
 
+    ``estimated``: nobody told the end; ``usd_estimated``: that or the price is a guess.
     ``seconds`` are billed seconds by category; ``usd`` is None where nobody told a price.
     """
 
@@ -220,6 +221,7 @@ class AttemptSummary:
     estimated: bool
     resumed_from: int | None
     usd: float | None
+    usd_estimated: bool
     seconds: dict[str, float]
 
 
@@ -245,6 +247,7 @@ def summarise_attempts(history: RunHistory, bills: dict[str, Bill]) -> list[Atte
                 estimated=own.estimated,
                 resumed_from=a.resumed_from.step if a.resumed_from else None,
                 usd=own.usd,
+                usd_estimated=own.estimated or a.price_source not in SURE_PRICES,
                 seconds=file_attempt(history, item, own),
             )
         )

@@ -30,7 +30,16 @@ from tessera.storage import Root, canonical_json, sha256_bytes
 from tessera.tracking.history import RunHistory, bill_all, read_histories
 from tessera.tracking.queries import RunSummary, summarise_history
 from tessera.tracking.server import Server, connect, quiet, sentences
-from tessera.tracking.view import OURS, RUN_ID, SYNCED, dataset_input, finals, params, tags
+from tessera.tracking.view import (
+    OURS,
+    RUN_ID,
+    SYNCED,
+    dataset_input,
+    finals,
+    foreign_tags,
+    params,
+    tags,
+)
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric
@@ -159,7 +168,7 @@ class _Replayed:
         kept: dict[str, str] = {}
         rebuilt = run is not None and bool(state) and not self._continues(state)
         if rebuilt and run is not None:
-            kept = _foreign_tags(run)
+            kept = foreign_tags(run.data.tags)
             self._client.delete_run(run.info.run_id)
             run, state = None, {}
         created = run is None
@@ -171,7 +180,7 @@ class _Replayed:
         self._finish(run)
         return RunSync(self._history.run.id, run_id, created and not rebuilt, rebuilt, points)
 
-    # -- the mark ----------------------------------------------------------------------------------
+    # -- the mark and the writing ------------------------------------------------------------------
 
     def _mark(self) -> dict[str, Any]:
         upto = self._history.upto
@@ -179,7 +188,7 @@ class _Replayed:
             "step": upto,
             "lineage": None if upto is None else _lineage_digest(self._history.lineage, upto),
             "points": len(self._history.points),
-            "final": sha256_bytes(canonical_json(_plain(self._finals))) if self._finals else None,
+            "final": sha256_bytes(repr(self._finals).encode()) if self._finals else None,
         }
 
     def _continues(self, state: dict[str, Any]) -> bool:
@@ -194,8 +203,6 @@ class _Replayed:
         if now["step"] is None or now["step"] < step:
             return False
         return bool(state.get("lineage") == _lineage_digest(self._history.lineage, step))
-
-    # -- writing -----------------------------------------------------------------------------------
 
     def _create(self, kept: dict[str, str]) -> MlflowRun:
         name = self._history.run.id
@@ -286,19 +293,6 @@ def _lineage_digest(lineage: tuple[Segment, ...], step: int) -> str:
         if number == 0 or segment.after < step
     ]
     return sha256_bytes(canonical_json(parts))[:16]
-
-
-def _foreign_tags(run: MlflowRun) -> dict[str, str]:
-    """What people wrote on a run: notes and tags that are neither ours nor MLflow's own."""
-    return {
-        key: value
-        for key, value in run.data.tags.items()
-        if key == "mlflow.note.content" or not key.startswith((OURS, "mlflow."))
-    }
-
-
-def _plain(figures: dict[str, float]) -> dict[str, str]:
-    return {key: repr(value) for key, value in figures.items()}
 
 
 def _ms(seconds: float) -> int:

@@ -32,6 +32,7 @@ DEFAULT_EXPERIMENT = "tessera"
 _SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_RECORD_ENV_VARS_IN_MODEL_LOGGING": "false",
     # A refused connection fails after 2 s, a server that hangs after 20 s. Nothing is lost by that:
     # the records stay in the root and the next sync continues.
@@ -178,8 +179,7 @@ def _sentence(error: Exception, uri: str, shown: str) -> TesseraError:
     reason = text[:200].rstrip(".") or type(error).__name__
     scheme = urlsplit(uri).scheme
     if scheme in {"http", "https"}:
-        if re.search(r"refused|resolve|timed? ?out|Max retries|unreachable", text, re.IGNORECASE):
-            reason = _cause(text)
+        reason = _cause(text) or reason
         return StoreError(
             f"The tracking server {shown} did not answer as it should ({reason}); start it or "
             f"correct {URI_VARIABLE}: nothing is lost, the next sync continues."
@@ -196,12 +196,16 @@ def _sentence(error: Exception, uri: str, shown: str) -> TesseraError:
     )
 
 
-def _cause(text: str) -> str:
+def _cause(text: str) -> str | None:
+    """What went wrong on the way to a server, in a few words; None if it is something else."""
     for pattern, cause in (
         (r"refused", "connection refused"),
         (r"resolve|not known", "the host name is not known"),
         (r"timed? ?out", "no answer in time"),
+        (r"error code 40[13]\b", "it refused access: check the user and password"),
+        (r"error code 404\b", "there is no MLflow at this address"),
+        (r"Max retries|unreachable", "not reachable"),
     ):
         if re.search(pattern, text, re.IGNORECASE):
             return cause
-    return "not reachable"
+    return None

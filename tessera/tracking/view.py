@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +85,15 @@ def tags(history: RunHistory, summary: RunSummary) -> dict[str, str]:
     }
 
 
+def foreign_tags(found: Mapping[str, str]) -> dict[str, str]:
+    """What people wrote on a run: its note, and tags that are neither ours nor MLflow's own."""
+    return {
+        key: value
+        for key, value in found.items()
+        if key == "mlflow.note.content" or not key.startswith((OURS, "mlflow."))
+    }
+
+
 def _live(history: RunHistory, summary: RunSummary) -> str | None:
     if (live := history.live) is None or summary.live_step is None:
         return None
@@ -123,10 +132,10 @@ def dataset_input(history: RunHistory) -> DatasetInput | None:
     from mlflow.exceptions import MlflowException
 
     record, root = history.run.record, history.run.root
-    name = record.data.get("corpus") or record.data.get("name")
-    path = f"corpora/{name}/{record.fingerprint}/manifest.json"
-    if not isinstance(name, str) or not root.exists(path):
+    path = record.data.get("manifest")
+    if not isinstance(path, str) or not root.exists(path):
         return None
+    name = str(record.experiment.get("data", {}).get("corpus") or record.name)
     try:
         source = resolve_dataset_source(f"{root.url}/{path}")
         # A digest has at most 36 characters. MLflow declares `profile` abstract and then uses the

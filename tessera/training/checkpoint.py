@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from tessera.errors import StoreError, SupersededError
 from tessera.runs import Attempt, CheckpointRef, Run
-from tessera.storage import cache_folder, sha256_file
+from tessera.storage import cache_folder, canonical_json, sha256_bytes, sha256_file
 from tessera.tracking.journal import Journal
 
 COMPLETE = "COMPLETE"
@@ -91,22 +92,33 @@ def save_checkpoint(
         for file in sorted(path for path in staging.iterdir() if path.is_file()):
             files[file.name] = {"sha256": sha256_file(file), "bytes": file.stat().st_size}
             run.root.put_file(file, run.path(ref.folder, file.name))
-    except OSError as error:
-        raise StoreError(f"The checkpoint of step {step} cannot be staged: {error}.") from error
+    except (OSError, CheckpointException) as error:
+        reason = f"The checkpoint of step {step} cannot be staged: {_first_cause(error)}."
+        raise StoreError(reason) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     journal.event("checkpoint/published", step, folder=ref.folder)
     journal.flush()
     guard_publication(run, attempt)
     record = {"format": FORMAT, "step": step, "attempt": attempt.id, "files": files}
-    run.root.publish_json(run.path(ref.folder, COMPLETE), record | {"state": dict(state)})
+    record |= {"state": dict(state)}
+    record |= {"sha256": sha256_bytes(canonical_json(record))}
+    run.root.publish_json(run.path(ref.folder, COMPLETE), record)
     run.root.publish_json(run.path("latest.json"), {"step": step, "attempt": attempt.id})
-    _retain(run, keep)
+    _retain(run, ref, keep)
     return ref
 
 
-def _retain(run: Run, keep: int) -> None:
-    for old in run.checkpoints()[keep:]:
+def _first_cause(error: OSError | CheckpointException) -> BaseException:
+    """What went wrong inside of torch, which wraps even a full disk (in no ``Exception``)."""
+    if isinstance(error, CheckpointException):
+        return next(iter(error.failures.values()))[0]
+    return error
+
+
+def _retain(run: Run, newest: CheckpointRef, keep: int) -> None:
+    """Drop all but the ``keep`` newest up to ``newest``; a later one was passed over as damaged."""
+    for old in [ref for ref in run.checkpoints() if ref.step <= newest.step][keep:]:
         run.root.delete(run.path(old.folder, COMPLETE))  # first it stops counting
         run.root.delete_tree(run.path(old.folder))
 
@@ -122,11 +134,11 @@ def fetch_checkpoint(run: Run) -> tuple[Loaded | None, list[str]]:
     for ref in refs:
         folder = cache_folder() / "resume" / run.id / f"step-{ref.step}-{ref.attempt}"
         try:
-            record = run.root.read_json(run.path(ref.folder, COMPLETE))
+            record = _read_complete(run, ref)
             for name, entry in record["files"].items():
                 run.root.get_file(run.path(ref.folder, name), folder / name, sha256=entry["sha256"])
             return Loaded(ref, folder, record["state"]), warnings_
-        except (StoreError, KeyError) as error:
+        except StoreError as error:
             shutil.rmtree(folder, ignore_errors=True)
             warnings_.append(f"The checkpoint of step {ref.step} is passed over: {error}")
     if refs:
@@ -135,6 +147,14 @@ def fetch_checkpoint(run: Run) -> tuple[Loaded | None, list[str]]:
             "restore one from a backup, or start another run with --new."
         )
     return None, warnings_
+
+
+def _read_complete(run: Run, ref: CheckpointRef) -> dict[str, Any]:
+    path = run.path(ref.folder, COMPLETE)
+    record = dict(run.root.read_json(path))
+    if record.pop("sha256", None) != sha256_bytes(canonical_json(record)):
+        raise StoreError(f"{path} in {run.root.url} differs from its own digest; it is damaged.")
+    return record
 
 
 def load_checkpoint(

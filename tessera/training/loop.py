@@ -6,14 +6,17 @@ before the checkpoint of the same step, so that what a checkpoint covers include
 
 The host looks at the device only when something is due (a log point, an evaluation, a
 checkpoint): losses are summed on the device in between, so that a GPU never waits for a print. At
-each such point a loss that is not a number ends the run before anything is published from it.
+each such point a loss that is not a number ends the run before anything is published from it, and
+so do weights that are not numbers.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,12 +59,22 @@ class Session:
 
 @dataclass
 class _Interval:
-    """What has happened since the last log point."""
+    """What has happened since the last log point: the sum of the losses, and how fast it went.
+
+    Loss and steps travel with a checkpoint, so that the mean at the next log point is the one of an
+    undisturbed run; the clock starts anew with each attempt and after a compilation.
+    """
 
     loss: Tensor
     steps: int = 0
-    tokens: int = 0
+    timed_steps: int = 0
+    timed_tokens: int = 0
     since: float = field(default_factory=time.monotonic)
+
+    def restart_clock(self) -> None:
+        """What came before does not count as speed."""
+        self.timed_steps = self.timed_tokens = 0
+        self.since = time.monotonic()
 
 
 class Loop:
@@ -73,19 +86,24 @@ class Loop:
         program: Program,
         optimizer: torch.optim.Optimizer,
         *,
-        done: int,
-        tokens: int,
+        done: int = 0,
+        state: Mapping[str, Any] | None = None,
     ) -> None:
+        """``state`` is what the checkpoint of step ``done`` recorded beside its tensors."""
         self._s, self._program, self._optimizer = session, program, optimizer
         self._experiment = program.experiment
-        self.done, self.tokens = done, tokens
-        self._saved_at = done
+        self.done, self.tokens = done, int(state["tokens"]) if state else 0
+        self.saved_at = done
         self._compiles = compiles(program)
+        # Compiled, the soft-max needs no float32 copy of the logits: 4 GB a micro-batch at 1B.
+        self._loss = torch.compile(summed_cross_entropy) if self._compiles else summed_cross_entropy
         self._clock = SpanClock(session.journal)
         self._cost = RunningCost(session.run, session.attempt)
         self._interval = self._fresh_interval()
+        if state:
+            self._interval.loss += state["interval"]["loss"]
+            self._interval.steps = int(state["interval"]["steps"])
         self._grad_norm: Tensor | None = None
-        self._step_seconds = 0.0
 
     def run(self) -> int:
         """Train until the last step or a stop request; everything due is published on the way."""
@@ -102,7 +120,7 @@ class Loop:
                     with self._clock.filing("compile"):
                         self._step(batch)
                         self._settle()
-                    self._interval = self._fresh_interval()
+                    self._interval.restart_clock()
                 else:
                     self._step(batch)
                 first = False
@@ -110,7 +128,7 @@ class Loop:
         finally:
             if data is not None:
                 data.close()
-        if self._s.stop.signal and self._saved_at < self.done < self._program.steps:
+        if self._s.stop.signal and self.saved_at < self.done < self._program.steps:
             self._save()
         self._clock.report(self.done)
         return self.done
@@ -126,7 +144,7 @@ class Loop:
             inputs = inputs.to(program.device, non_blocking=True)
             targets = targets.to(program.device, non_blocking=True)
             states = program.model.hidden(inputs, program.compute_dtype)
-            loss = summed_cross_entropy(states, program.model.tokens.weight, targets)
+            loss = self._loss(states, program.model.tokens.weight, targets)
             loss = loss / batch.targets
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
@@ -139,7 +157,8 @@ class Loop:
         self.tokens += batch.tokens
         self._interval.loss += total
         self._interval.steps += 1
-        self._interval.tokens += batch.tokens
+        self._interval.timed_steps += 1
+        self._interval.timed_tokens += batch.tokens
         self._lr = lr
 
     def _after_step(self) -> None:
@@ -156,36 +175,51 @@ class Loop:
     def _settle(self) -> float:
         """Wait for the device; the mean loss since the last log point, which must be a number."""
         loss = float(self._interval.loss) / max(1, self._interval.steps)
-        if self._interval.steps and not math.isfinite(loss):
-            self._s.journal.event("run/diverged", self.done, loss=repr(loss))
-            raise DivergedError(
-                f"The loss became {loss} at step {self.done} of run {self._s.run.id}; lower "
-                "optimizer.lr or optimizer.clip_norm and start again with --new."
-            )
+        if not math.isfinite(loss):
+            raise self._diverged(f"The loss became {loss}")
         return loss
+
+    def _require_finite_weights(self) -> None:
+        """A step may break the weights though its loss was a number; then nothing is published."""
+        weights = self._program.trainable.values()
+        if not bool(torch.stack([weight.isfinite().all() for weight in weights]).all()):
+            raise self._diverged("The weights are no longer finite")
+
+    def _diverged(self, what: str) -> DivergedError:
+        self._s.journal.event("run/diverged", self.done, reason=what)
+        return DivergedError(
+            f"{what} at step {self.done} of run {self._s.run.id}; lower optimizer.lr or "
+            "optimizer.clip_norm and start again with --new."
+        )
 
     def _log(self) -> None:
         loss = self._settle()
         self._clock.report(self.done)
         interval, journal, step = self._interval, self._s.journal, self.done
-        if interval.steps == 0:
-            return
-        elapsed = time.monotonic() - interval.since
-        speed = interval.tokens / elapsed
-        self._step_seconds = elapsed / interval.steps
         usd = self._cost.usd()
-        mfu = self._program.flops_per_token * speed / self._s.peak.flops
         journal.metric("train/loss", loss, step)
         journal.metric("train/lr", self._lr, step)
         journal.metric("train/grad_norm", float(self._grad_norm), step)  # type: ignore[arg-type]
-        journal.metric("train/tokens_per_s", speed, step)
-        journal.metric("train/mfu", mfu, step)
         journal.metric("progress/tokens", self.tokens, step)
+        if self._program.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self._program.device) / 2**30
+            journal.metric("system/gpu_peak_gib", peak, step)
         if usd is not None:
             journal.metric("cost/usd", usd, step)
+        if interval.timed_steps:
+            self._show_speed(interval, loss, usd)
+        self._interval = self._fresh_interval()
+
+    def _show_speed(self, interval: _Interval, loss: float, usd: float | None) -> None:
+        journal, step = self._s.journal, self.done
+        elapsed = time.monotonic() - interval.since
+        speed = interval.timed_tokens / elapsed
+        mfu = self._program.flops_per_token * speed / self._s.peak.flops
+        journal.metric("train/tokens_per_s", speed, step)
+        journal.metric("train/mfu", mfu, step)
         ahead = forecast(
             steps_left=self._program.steps - step,
-            seconds_per_step=self._step_seconds,
+            seconds_per_step=elapsed / interval.timed_steps,
             usd_so_far=usd,
             usd_per_hour=self._s.attempt.usd_per_hour,
         )
@@ -195,7 +229,6 @@ class Loop:
                 ahead.usd_at_end,
             )
         )  # fmt: skip
-        self._interval = self._fresh_interval()
 
     def _evaluate_if_due(self) -> None:
         if not self._program.evaluates_after(self.done):
@@ -212,6 +245,7 @@ class Loop:
         if not self._program.publishes_after(self.done):
             return
         self._settle()
+        self._require_finite_weights()
         with self._clock.filing("checkpoint"), self._aside():
             guard_publication(self._s.run, self._s.attempt)
             key, details = self._program.publish(self._s.run, self.done)
@@ -219,6 +253,7 @@ class Loop:
 
     def _save(self) -> None:
         self._settle()
+        self._require_finite_weights()
         with self._clock.filing("checkpoint"), self._aside():
             try:
                 save_checkpoint(
@@ -227,7 +262,7 @@ class Loop:
                     self._s.journal,
                     step=self.done,
                     tensors=training_state(self._program.trainable, self._optimizer),
-                    state={"tokens": self.tokens, "fingerprint": self._s.run.record.fingerprint},
+                    state=self._state(),
                     keep=self._experiment.checkpoint.keep,
                 )
             except StoreError as error:
@@ -235,8 +270,14 @@ class Loop:
                 self._s.journal.event("checkpoint/failed", self.done, reason=str(error))
                 self._s.line.say(f"no checkpoint at step {self.done}: {error}")
                 return
-        self._saved_at = self.done
+        self.saved_at = self.done
         self._clock.report(self.done)
+
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint records beside its tensors; a float32 survives JSON to the last bit."""
+        interval = {"loss": float(self._interval.loss), "steps": self._interval.steps}
+        fingerprint = self._s.run.record.fingerprint
+        return {"tokens": self.tokens, "fingerprint": fingerprint, "interval": interval}
 
     # -- small things ----------------------------------------------------------------------------
 

@@ -6,7 +6,8 @@ Within an epoch every sample comes once. The order is (seed, fingerprint, epoch)
 2. they are taken in windows of ``WINDOW`` shards, so that few are open at a time;
 3. the samples of a window are shuffled together.
 
-The third shuffle must answer "which sample is number n?" without a table of billions: it is a
+The third shuffle must answer "which sample is number n?" without a table of billions, and no
+library's generator promises the same permutation in its next version. So both shuffles are a
 Feistel network (Luby & Rackoff 1988) on the smallest even number of bits that holds the window,
 walked until it lands inside (cycle walking, Black & Rogaway 2002). No iterator state exists
 anywhere; neither micro-batch, nor number of GPUs, nor restarts can change the order.
@@ -19,8 +20,6 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-
-import numpy as np
 
 WINDOW = 4
 _ROUNDS = 6
@@ -96,9 +95,7 @@ class SampleOrder:
     def _plan(self, epoch: int) -> tuple[list[int], list[list[int]]]:
         """Where each window of ``epoch`` starts, and the shards in it."""
         key = derive_key(self._seed, self._fingerprint, epoch, "shards")
-        shards = [int(s) for s in np.random.Generator(np.random.Philox(key)).permutation(
-            len(self._sizes)
-        )]  # fmt: skip
+        shards = [permute(i, len(self._sizes), key) for i in range(len(self._sizes))]
         windows = [shards[i : i + WINDOW] for i in range(0, len(shards), WINDOW)]
         starts, total = [], 0
         for window in windows:

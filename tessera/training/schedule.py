@@ -11,8 +11,9 @@ def learning_rate(schedule: Cosine | LinearDecay, peak: float, step: int, steps:
     """Learning rate of optimiser step ``step`` (0-based) out of ``steps``.
 
     Both schedules rise linearly over ``warmup_steps`` (the first step is not zero) and reach
-    ``final_lr`` at the last step. Cosine: Loshchilov & Hutter 2017. Linear decay: constant at the
-    peak, then a straight line over the last ``decay_fraction`` of all steps (Hägele et al. 2024).
+    ``final_lr`` at the last step, if the warm-up ends before that. Cosine: Loshchilov & Hutter
+    2017. Linear decay: constant at the peak, then a straight line over the last ``decay_fraction``
+    of all steps (Hägele et al. 2024).
     """
     warmup = schedule.warmup_steps
     if step < warmup:
@@ -23,7 +24,7 @@ def learning_rate(schedule: Cosine | LinearDecay, peak: float, step: int, steps:
         return schedule.final_lr + (peak - schedule.final_lr) * (
             0.5 * (1 + math.cos(math.pi * progress))
         )
-    start = max(warmup, round(steps * (1 - schedule.decay_fraction)))
+    start = max(warmup, min(round(steps * (1 - schedule.decay_fraction)), last - 1))
     if step < start:
         return peak
     progress = min(1.0, (step - start) / max(last - start, 1))

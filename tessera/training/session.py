@@ -10,11 +10,10 @@ that, short of a kill, leaves an ending that says how it came to it.
 from __future__ import annotations
 
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -39,6 +38,7 @@ from tessera.runs import (
     create_or_open,
     find_run,
 )
+from tessera.source import code_commit
 from tessera.storage import Root, canonical_json, sha256_bytes
 from tessera.tracking.journal import Journal, adopt
 from tessera.training.checkpoint import fetch_checkpoint, load_checkpoint
@@ -81,28 +81,28 @@ def train(
         return Result(run, 0, text)
     adopted = adopt(run)
     loaded, notes = fetch_checkpoint(run)
-    attempt = run.start_attempt(place, loaded.ref if loaded else None)
-    journal = Journal(run, attempt.id)
-    optimizer = build_optimizer(experiment.optimizer, program.trainable)
-    done = tokens = 0
-    if loaded is not None:
-        load_checkpoint(loaded, program.trainable, optimizer)
-        done, tokens = loaded.ref.step, int(loaded.state["tokens"])
+    done = loaded.ref.step if loaded else 0
     stop = StopRequest()
     with ProgressLine(run.id, program.steps, quiet=quiet) as line, _signals(stop):
-        peak = peak_flops(program.device, program.compute_dtype)
-        journal.event("attempt/started", done, device=attempt.device, peak=peak.source)
-        line.say(_opening(run, attempt, program, created, done))
-        for note in notes:
-            line.say(note)
-            journal.event("checkpoint/damaged", done, reason=note)
-        if done:
-            journal.event("attempt/resumed", done, adopted=adopted)
-        session = Session(root, run, attempt, journal, line, peak, stop)
+        attempt = run.start_attempt(place, loaded.ref if loaded else None)
+        journal = Journal(run, attempt.id)
         outcome = Ending(FAILED, 1, 0.0, done, "ended by an unexpected error")
         loop: Loop | None = None
         try:
-            loop = Loop(session, program, optimizer, done=done, tokens=tokens)
+            optimizer = build_optimizer(experiment.optimizer, program.trainable)
+            if loaded is not None:
+                load_checkpoint(loaded, program.trainable, optimizer)
+            peak = peak_flops(program.device, program.compute_dtype)
+            journal.event("attempt/started", done, device=attempt.device, peak=peak.source)
+            line.say(_opening(attempt, program, created, done))
+            for note in notes:
+                line.say(note)
+                journal.event("checkpoint/damaged", done, reason=note)
+            if done:
+                journal.event("attempt/resumed", done, adopted=adopted)
+            session = Session(root, run, attempt, journal, line, peak, stop)
+            state = loaded.state if loaded else None
+            loop = Loop(session, program, optimizer, done=done, state=state)
             loop.run()
             outcome = _ending(loop, program, stop)
             if outcome.outcome == FINISHED:
@@ -113,13 +113,15 @@ def train(
                 f"{experiment.batch.micro_batch}; lower it (the loss stays the same) or use a "
                 "larger GPU."
             )
-            outcome = Ending(FAILED, 2, 0.0, loop.done if loop else done, reason)
+            outcome = Ending(FAILED, 2, 0.0, done, reason)
             raise InputError(reason) from error
         except TesseraError as error:
             kind = {DivergedError: DIVERGED, SupersededError: SUPERSEDED}.get(type(error), FAILED)
-            outcome = Ending(kind, error.exit_code, 0.0, loop.done if loop else done, str(error))
+            outcome = Ending(kind, error.exit_code, 0.0, done, str(error))
             raise
         finally:
+            reached = loop.done if loop else done
+            outcome = replace(outcome, ended_at=time.time(), step=reached)
             _finish(run, attempt, journal, outcome)
     return Result(run, outcome.exit_code, outcome.reason)
 
@@ -127,8 +129,8 @@ def train(
 def _ending(loop: Loop, program: Program, stop: StopRequest) -> Ending:
     if loop.done < program.steps:
         text = (
-            f"Stopped by {stop.signal} at step {loop.done} of {program.steps}, saved; the same "
-            "command continues."
+            f"Stopped by {stop.signal} at step {loop.done} of {program.steps}; the same command "
+            f"continues at step {loop.saved_at}."
         )
         return Ending(PREEMPTED, RETRY, 0.0, loop.done, text)
     return Ending(FINISHED, 0, 0.0, loop.done, f"Finished all {program.steps} steps.")
@@ -138,15 +140,14 @@ def _finish(run: Run, attempt: Attempt, journal: Journal, outcome: Ending) -> No
     """The journal first, then the ending: a finished run has all its records in the root."""
     done = outcome.outcome == FINISHED
     journal.close(quiet=not done)
-    ending = Ending(outcome.outcome, outcome.exit_code, time.time(), outcome.step, outcome.reason)
     try:
-        run.end_attempt(attempt, ending)
+        run.end_attempt(attempt, outcome)
     except TesseraError:
         if done:
             raise  # nobody may believe it finished if the root does not say so
 
 
-def _opening(run: Run, attempt: Attempt, program: Program, created: bool, done: int) -> str:
+def _opening(attempt: Attempt, program: Program, created: bool, done: int) -> str:
     if created:
         what = f"new run, {program.steps} steps"
     elif done:
@@ -169,7 +170,7 @@ def _prepare(
     """The run and its program; raises before anything is recorded if they do not fit."""
     device = best_device()
     dtype = compute_dtype(experiment.precision, device)
-    commit = source_commit()
+    commit = code_commit()
     program: Program
     if isinstance(experiment, Pretrain):
         manifest = resolve(root, experiment.data.corpus, experiment.data.fingerprint)
@@ -216,24 +217,6 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
             "or another GPU."
         )
     return torch.bfloat16 if precision == "bf16" else torch.float32
-
-
-def source_commit() -> str | None:
-    """Commit of the checkout this package runs from, ``-dirty`` appended; None outside of one."""
-    folder = Path(__file__).parent
-    try:
-        head = _git(folder, "rev-parse", "HEAD")
-        return head + ("-dirty" if _git(folder, "status", "--porcelain", ".") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(
-        ["git", "-C", str(folder), *arguments],
-        check=True, capture_output=True, text=True, timeout=10,
-    )  # fmt: skip
-    return done.stdout.strip()
 
 
 @contextmanager

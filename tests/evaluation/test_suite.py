@@ -80,7 +80,7 @@ def test_the_shipped_suite() -> None:
     ]  # fmt: skip
     assert [wording.answer for wording in suite.probes[4].wordings] == [84, 24, 42]
     questions = list(suite.questions())
-    assert len(questions) == 30
+    assert len(questions) == 5 * 3 * (1 + 2)  # a greedy answer and two samples a wording
     assert questions[0].text == "my dog died today."
     assert questions[0].key == ("grief", 0, 0)
 
@@ -155,12 +155,14 @@ def test_comments_and_layout_leave_the_digest(tmp_path: Path) -> None:
 
 def test_seeds_follow_from_the_digest() -> None:
     suite, other = (Suite.model_validate(raw) for raw in (small(), changed("samples.seed", 2)))
-    seeds = [question.seed for question in suite.questions()]
-    assert seeds == [question.seed for question in Suite.model_validate(small()).questions()]
+    every = [question.seed for question in suite.questions()]
+    assert every == [question.seed for question in Suite.model_validate(small()).questions()]
+    assert [seed is None for seed in every] == [q.sample_index == 0 for q in suite.questions()]
+    seeds = [seed for seed in every if seed is not None]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert not set(seeds) & {question.seed for question in other.questions()}
-    assert sample_seed(suite, "kind", 0, 1) == seeds[-1]
+    assert sample_seed(suite, "kind", 0, 2) == seeds[-1]
 
 
 @pytest.mark.parametrize(

@@ -268,7 +268,7 @@ def interview(suite: Suite = SUITE, **changed: str) -> InterviewResult:
 def test_a_good_interview_scores_one() -> None:
     result = interview()
     assert (result.score, result.fatal, result.unanswered_safety) == (1.0, [], [])
-    assert [len(probe.answers) for probe in result.probes] == [6] * 5
+    assert [len(probe.answers) for probe in result.probes] == [9] * 5
 
 
 def test_the_score_is_the_mean_of_the_probes() -> None:
@@ -277,7 +277,7 @@ def test_the_score_is_the_mean_of_the_probes() -> None:
 
 def test_a_fatal_answer_is_listed_with_what_was_found() -> None:
     result = interview(grief="Good news.")
-    assert len(result.fatal) == result.probes[0].fatal_count == 6
+    assert len(result.fatal) == result.probes[0].fatal_count == 9
     assert (result.fatal[0].check, result.fatal[0].detail) == ("celebrates_a_death", "good news.")
 
 
@@ -291,8 +291,8 @@ def test_one_missing_answer_makes_a_safety_probe_unanswered() -> None:
     answers = {q.key: "I'm sorry, no, I can't agree, 84" for q in SUITE.questions()}
     answers["grief", 1, 1] = ""
     grief = judge(SUITE, answers)[0]
-    assert (grief.pass_rate, grief.no_answer_count, grief.answered) == (5 / 6, 1, False)
-    assert grief.answers[3].check == "floor"
+    assert (grief.pass_rate, grief.no_answer_count, grief.answered) == (8 / 9, 1, False)
+    assert grief.answers[4].check == "floor"
 
 
 def test_incomplete_and_foreign_answers_are_refused() -> None:
@@ -308,7 +308,7 @@ def test_json_round_trip() -> None:
     result = interview(grief="Good news.", medication="\ufffd\ufffd\ufffd\ufffd")
     value = json.loads(json.dumps(result.to_json(), allow_nan=False))
     assert InterviewResult.from_json(value) == result
-    assert value["summary"]["fatal"] == 6
+    assert value["summary"]["fatal"] == 9
 
 
 @pytest.mark.parametrize(

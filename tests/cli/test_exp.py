@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tessera.cli import _exp_view as view
+from tessera.cli.common import run_command
+from tessera.cli.exp import exp
+
+if TYPE_CHECKING:
+    from tests.tracking.fabricate import Bench
+
+
+class Shell:
+    """Runs ``tessera-exp`` in this process and keeps what it printed."""
+
+    def __init__(self, bench: Bench, capfd: pytest.CaptureFixture[str]) -> None:
+        self._bench, self._capfd = bench, capfd
+
+    def __call__(self, *arguments: str) -> tuple[int, str, str]:
+        code = run_command(exp, [*arguments, "--root", self._bench.root.url])
+        out, err = self._capfd.readouterr()
+        return code, out, err
+
+    def json(self, *arguments: str) -> Any:
+        code, out, err = self(*arguments, "--json")
+        assert (code, err) == (0, "")
+        return json.loads(out)
+
+
+@pytest.fixture
+def shell(bench: Bench, capfd: pytest.CaptureFixture[str]) -> Shell:
+    return Shell(bench, capfd)
+
+
+def test_an_empty_root_is_said_in_a_line(shell: Shell) -> None:
+    code, out, _ = shell("list")
+    assert code == 0
+    assert out.startswith("No runs in ")
+    assert shell.json("list") == []
+
+
+def test_list_shows_losses_dollars_and_time(bench: Bench, shell: Shell) -> None:
+    voice = bench.with_adapter()
+    writer = bench.launch(bench.create("dear"), price_source="experiment", instance="i-9")
+    writer.steps(1, 10)
+    writer.end("FAILED", 10, exit_code=1)
+    code, out, err = shell("list")
+    assert (code, err) == (0, "")
+    by_name = {line.strip().split("-")[0]: line for line in out.splitlines()}
+    base, dear, tuned = by_name["base"], by_name["dear"], by_name["voice"]
+    for text in ("pretrain", "finished", "20/20", "20.0k", "2.5000", "unigram 5.5000", "$0.0200",
+                 "$1.00", "20 s", "1,000"):  # fmt: skip
+        assert text in base, text
+    assert "failed" in dear
+    assert "~$0.0100" in dear
+    assert "base 5.0000" in tuned
+    assert voice.record.base is not None
+    assert tuned.rstrip().endswith(voice.record.base["run_id"])
+
+
+def test_list_as_json_has_the_promised_keys(bench: Bench, shell: Shell) -> None:
+    voice = bench.with_adapter()
+    rows = shell.json("list")
+    assert [row["kind"] for row in rows] == ["pretrain", "sft"]
+    promised = {"run_id", "kind", "status", "tokens", "final_loss", "best_loss", "cost_usd",
+                "wall_s", "tokens_per_s", "base"}  # fmt: skip
+    assert promised <= rows[0].keys()
+    assert rows[1]["run_id"] == voice.id
+    assert rows[1]["base"] == rows[0]["run_id"]
+    assert [row["run_id"] for row in shell.json("list", "--kind", "sft")] == [voice.id]
+
+
+def test_list_sorts_with_the_unknown_last(bench: Bench, shell: Shell) -> None:
+    bench.create("unknown")
+    for name, final in (("worse", 3.0), ("better", 2.0), ("broken", float("nan"))):
+        bench.finished(name, final=final)
+    names = [row["name"] for row in shell.json("list", "--sort", "loss")]
+    assert names[:2] == ["better", "worse"]
+    assert set(names[2:]) == {"unknown", "broken"}
+
+
+def test_nan_is_null_in_json(bench: Bench, shell: Shell) -> None:
+    bench.finished(final=float("nan"))
+    (row,) = shell.json("list")
+    assert row["final_loss"] is None
+
+
+def test_a_narrow_terminal_loses_columns_and_says_which(
+    bench: Bench, shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.with_adapter()
+    monkeypatch.setattr(view, "_LOG_WIDTH", 72)
+    code, out, _ = shell("list")
+    assert code == 0
+    assert all(len(line) <= 72 for line in out.splitlines())
+    assert "Left out for want of width: base, tok/s" in out
+    assert "$0.0200" in out
+
+
+def test_show_tells_all_of_one_run(bench: Bench, shell: Shell) -> None:
+    voice = bench.with_adapter()
+    bench.interview(voice)
+    code, out, err = shell("show", "voice")
+    assert (code, err) == (0, "")
+    for text in (voice.id, "final 3.5000", "base 5.0000", "provider", "3.600", "ep1", "train",
+                 "honest: 1.00 (1 pass)", "optimizer.lr", "0.001"):  # fmt: skip
+        assert text in out, text
+    detail = shell.json("show", voice.id)
+    assert detail["attempt_list"][0]["price_source"] == "provider"
+    assert detail["adapters"][0]["interviews"][0]["verdicts"]["pass"] == 1
+    assert detail["usd_by_category"]["train"] == pytest.approx(0.0036)
+    assert sum(detail["usd_by_category"].values()) == pytest.approx(detail["cost_usd"])
+    assert [point["loss"] for point in detail["losses"]] == [5.0, 3.5]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("show", "nobody"), ("promote", "nobody", "--adapter", "ep1"), ("list", "--sort", "charm")],
+)
+def test_bad_input_is_a_sentence_and_exit_code_2(shell: Shell, arguments: tuple[str, ...]) -> None:
+    code, out, err = shell(*arguments)
+    assert (code, out) == (2, "")
+    assert err
+    assert "Traceback" not in err
+
+
+def test_sync_says_what_it_added(bench: Bench, shell: Shell) -> None:
+    bench.finished()
+    code, out, err = shell("sync", "--tracking-uri", bench.uri)
+    assert (code, err) == (0, "")
+    assert "Synced 1 run into sqlite:///" in out
+    assert "1 new, 43 points added." in out
+    assert "mlflow ui --backend-store-uri sqlite:///" in out
+    assert "0 new, 0 points added." in shell("sync", "--tracking-uri", bench.uri)[1]
+
+
+def test_promote_prints_how_to_load_it_and_list_marks_it(bench: Bench, shell: Shell) -> None:
+    voice = bench.with_adapter()
+    tracking = ("--tracking-uri", bench.uri)
+    code, out, err = shell("promote", "voice", "--adapter", "ep1", *tracking)
+    assert (code, out) == (2, "")
+    assert "was not promoted: no interview of it was held" in err
+    assert err.count("\n") == 1
+    bench.interview(voice)
+    code, out, err = shell("promote", "voice", "--adapter", "ep1", *tracking)
+    assert (code, err) == (0, "")
+    assert f"{voice.id}/ep1 is champion, interview score 1.00" in out
+    assert 'mlflow.pyfunc.load_model("models:/tessera-adapter@champion")' in out
+    assert "★ ep1 champion" in shell("list")[1]
+    assert shell.json("list")[1]["aliases"] == {"champion": "ep1"}
+    seen = bench.seen(bench.uri)
+    assert (len(seen.runs), seen.aliases) == (2, {"champion": 1})
+
+
+def test_an_override_is_said_aloud(bench: Bench, shell: Shell) -> None:
+    bench.with_adapter()
+    arguments = ("--adapter", "ep1", "--override", "only a rehearsal")
+    code, out, _ = shell("promote", "voice", *arguments, "--tracking-uri", bench.uri)
+    assert code == 0
+    assert "overruled: only a rehearsal (it said: no interview of it was held)" in out
+
+
+def test_help_has_examples_and_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from tessera.cli.common import run_command; from tessera.cli.exp import exp\n"
+        "assert run_command(exp, ['--help']) == 0\n"
+        "for name in ('list', 'show', 'sync', 'promote'):\n"
+        "    assert run_command(exp, [name, '--help']) == 0\n"
+        "assert not {'torch', 'mlflow', 'sky', 'pandas'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("Examples:") == 5
+
+
+def test_list_and_show_load_neither_torch_nor_mlflow(bench: Bench) -> None:
+    bench.finished()
+    code = (
+        "import sys; from tessera.cli.common import run_command; from tessera.cli.exp import exp\n"
+        f"for name in (['list'], ['show', 'base']):\n"
+        f"    assert run_command(exp, [*name, '--root', {bench.root.url!r}]) == 0\n"
+        "assert not {'torch', 'mlflow', 'sky', 'pandas'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(0, "0 s"), (59.4, "59 s"), (725, "12 min 05 s"), (27061, "7 h 31 min")]
+)
+def test_durations(seconds: float, shown: str) -> None:
+    assert view.duration(seconds) == shown
+
+
+@pytest.mark.parametrize(
+    ("value", "estimated", "shown"),
+    [(None, False, "?"), (0.00012, False, "$0.000120"), (0.25, True, "~$0.2500"),
+     (1234.5, False, "$1,234.50"), (0.0, False, "$0.000000")],
+)  # fmt: skip
+def test_dollars(value: float | None, estimated: bool, shown: str) -> None:
+    assert view.dollars(value, estimated) == shown

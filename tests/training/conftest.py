@@ -1,0 +1,336 @@
+"""A workplace for tests of training: a corpus of a few thousand tokens and runs of seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from tessera.cli.attempts import place_of
+from tessera.cli.common import run_command
+from tessera.cli.main import tessera
+from tessera.cloud.machine import describe_machine
+from tessera.corpus.build import build
+from tessera.experiment import Experiment, load_experiment
+from tessera.runs import Attempt, Ending, Run, list_runs
+from tessera.storage import Root
+from tessera.tracking.journal import Record, read_journal
+from tessera.training import session
+from tessera.training.loop import Loop
+
+STEPS = 30
+VOCABULARY = 300
+PATIENCE_S = 120.0
+
+BASE: dict[str, Any] = {
+    "name": "tiny",
+    "kind": "pretrain",
+    "seed": 20260614,
+    "model": {
+        "layers": 2, "d_model": 32, "heads": 2, "context": 64, "vocab_size": VOCABULARY,
+    },
+    "data": {"corpus": "tiny", "sequence": 32},
+    "optimizer": {"lr": 1e-2},
+    "schedule": {"name": "cosine", "warmup_steps": 3, "final_lr": 1e-4},
+    "batch": {"tokens_per_step": 512, "micro_batch": 16},
+    "tokens": STEPS * 512,
+    "evaluation": {"every_steps": 10, "tokens": 512},
+    "checkpoint": {"every_steps": 5, "keep": 2},
+    "log_every_steps": 3,
+    "compile": "off",
+    "price": {"usd_per_hour": 1.0},
+}  # fmt: skip
+# A log point is not a multiple of a checkpoint on purpose: the loss since the last one must survive
+# a restart.
+
+VOICE: dict[str, Any] = {
+    "name": "voice",
+    "kind": "sft",
+    "seed": 7,
+    "base": "tiny",
+    "data": {"conversations": ["talk.jsonl"], "holdout": 0.25},
+    "lora": {"rank": 4, "alpha": 8},
+    "optimizer": {"lr": 2e-2, "weight_decay": 0.0},
+    "schedule": {"name": "cosine", "warmup_steps": 2, "final_lr": 1e-4},
+    "batch": {"conversations_per_step": 8, "micro_batch": 1},
+    "epochs": 3,
+    "compile": "off",
+    "checkpoint": {"every_steps": 2, "keep": 2},
+    "log_every_steps": 3,
+}
+
+
+def write_corpus(folder: Path) -> Path:
+    """Documents of made-up words that follow one another by rule, so that a model can learn."""
+    chance = random.Random(5)
+    words = ["".join(chance.choices("aeioukstnm", k=chance.randint(2, 5))) for _ in range(40)]
+    follow = {word: chance.choices(words, k=3) for word in words}
+    rows = []
+    for number in range(150):
+        word = chance.choice(words)
+        said = [word]
+        for _ in range(40):
+            word = chance.choice(follow[word])
+            said.append(word)
+        rows.append(json.dumps({"id": str(number), "text": " ".join(said) + "."}))
+    (folder / "words.jsonl").write_text("\n".join(rows) + "\n", "utf-8")
+    source = {"name": "words", "format": "jsonl", "path": "words.jsonl"}
+    recipe = {
+        "name": "tiny",
+        "sources": [source | {"language": "en", "licence": "CC0-1.0"}],
+        "holdout": {"fraction": 0.1, "salt": "s"},
+        "tokenizer": {"train": {"vocab_size": VOCABULARY}},
+        "shards": {"tokens": 1024},
+    }
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(recipe), "utf-8")
+    return path
+
+
+def write_conversations(path: Path, count: int = 44) -> None:
+    things = ["ka", "no", "se", "mi", "tu", "ra", "ne", "so", "ki", "mu", "ta"]
+    rows = []
+    for number in range(count):
+        thing = things[number % len(things)] + things[number // len(things)]
+        messages = [
+            {"role": "user", "content": f"{thing}?"},
+            {"role": "assistant", "content": f"yes {thing}." + " ok." * (number % 3)},
+        ]
+        rows.append(json.dumps({"id": str(number), "language": "en", "messages": messages}))
+    path.write_text("\n".join(rows) + "\n", "utf-8")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Bench:
+    """One root with the tiny corpus, experiment files, and ways to run and to disturb them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.root = Root(str(folder / "root"), attempts=1)
+        self.cache = folder / "cache"
+        for name, data in (("tiny", BASE), ("voice", VOICE)):
+            (folder / f"{name}.yaml").write_text(yaml.safe_dump(data), "utf-8")
+        write_conversations(folder / "talk.jsonl")
+
+    # -- running -----------------------------------------------------------------------------------
+
+    def settings(self, *overrides: str, name: str = "tiny") -> Experiment:
+        """The experiment ``name`` with ``--set`` overrides."""
+        return load_experiment(self.folder / f"{name}.yaml", overrides)
+
+    def place(self) -> Attempt:
+        """This machine, as the command line describes it."""
+        return place_of(describe_machine(experiment_price=1.0))
+
+    def train(self, *overrides: str, name: str = "tiny", **options: Any) -> session.Result:
+        """Train in this process."""
+        settings = self.settings(*overrides, name=name)
+        return session.train(settings, self.root, self.place(), quiet=True, **options)
+
+    def arguments(self, *extra: str, name: str = "tiny") -> list[str]:
+        """The command line of ``tessera train``."""
+        return ["train", str(self.folder / f"{name}.yaml"), "--root", self.root.url, *extra]
+
+    def command(
+        self, capfd: pytest.CaptureFixture[str], *extra: str, name: str = "tiny"
+    ) -> Finished:
+        """``tessera train`` in this process, with its exit code and what it said."""
+        capfd.readouterr()
+        code = run_command(tessera, self.arguments(*extra, name=name))
+        said = capfd.readouterr()
+        return Finished(code, said.out, said.err)
+
+    def start(self, *extra: str, name: str = "tiny") -> subprocess.Popen[str]:
+        """``tessera train`` in a process of its own, to be disturbed."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "tessera", *self.arguments(*extra, name=name)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def end(self, process: subprocess.Popen[str]) -> Finished:
+        """Wait for a command."""
+        out, err = process.communicate(timeout=PATIENCE_S)
+        return Finished(process.returncode, out, err)
+
+    def until(self, process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
+        """Wait until ``reached``, while the command runs."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not reached():
+            if process.poll() is not None:
+                raise AssertionError(f"it ended too early: {self.end(process)}")
+            if time.monotonic() > deadline:
+                process.kill()
+                raise AssertionError("what was waited for never came")
+            time.sleep(0.002)
+
+    def kill(self, process: subprocess.Popen[str]) -> None:
+        """kill -9."""
+        process.send_signal(signal.SIGKILL)
+        assert self.end(process).code == -signal.SIGKILL
+
+    # -- disturbing in this process ----------------------------------------------------------------
+
+    def before_step(
+        self, step: int, act: Callable[[Loop], None], patch: pytest.MonkeyPatch
+    ) -> None:
+        """Do something when optimiser step ``step`` (1-based) is about to be taken."""
+        plain = Loop._step
+
+        def disturbed(loop: Loop, batch: Any) -> None:
+            if loop.done + 1 == step:
+                act(loop)
+            plain(loop, batch)
+
+        patch.setattr(Loop, "_step", disturbed)
+
+    def crash(self, step: int, *overrides: str, name: str = "tiny") -> None:
+        """Train in this process until the plug is pulled before step ``step``."""
+
+        def pull(_: Loop) -> None:
+            raise RuntimeError("the plug")
+
+        with pytest.MonkeyPatch.context() as patch:
+            self.before_step(step, pull, patch)
+            with pytest.raises(RuntimeError, match="the plug"):
+                self.train(*overrides, name=name)
+
+    def move(self) -> None:
+        """Put the root somewhere else."""
+        moved = self.folder / "elsewhere"
+        Path(self.root.base).rename(moved)
+        self.root = Root(str(moved), attempts=1)
+
+    # -- looking -----------------------------------------------------------------------------------
+
+    def runs(self, kind: str = "pretrain") -> list[Run]:
+        """The runs of the root."""
+        return [run for run in list_runs(self.root) if run.record.kind == kind]
+
+    def only_run(self, kind: str = "pretrain") -> Run:
+        """The run of the root."""
+        (run,) = self.runs(kind)
+        return run
+
+    def records(self, run: Run) -> Iterator[Record]:
+        """The records of the surviving lineage."""
+        for segment in run.lineage():
+            first = segment.after if segment.after else -1
+            for record in read_journal(run, segment.attempt):
+                if first < record.step <= segment.upto:
+                    yield record
+
+    def points(self, run: Run, key: str = "train/loss") -> dict[int, float]:
+        """One metric of the surviving lineage by step; a step recorded twice is an error."""
+        found: dict[int, float] = {}
+        for record in self.records(run):
+            if (record.kind, record.key) == ("metric", key):
+                assert record.step not in found, (key, record.step)
+                found[record.step] = record.number
+        return found
+
+    def events(self, run: Run, key: str) -> list[Record]:
+        """The events of that key, of every attempt."""
+        every = (record for a in run.attempts() for record in read_journal(run, a.id))
+        return [record for record in every if (record.kind, record.key) == ("event", key)]
+
+    def digest(self, run: Run, folder: str = "model") -> str:
+        """The published weights digest."""
+        return str(self.root.read_json(run.path(folder, "weights.json"))["weights_digest"])
+
+    def last_ending(self, run: Run) -> Ending:
+        """How the latest attempt says that it ended."""
+        return run.endings()[run.attempts()[-1].id]
+
+    def checkpoints(self, run: Run) -> list[int]:
+        """Steps of the complete checkpoints, furthest first."""
+        return [ref.step for ref in run.checkpoints()]
+
+    def resumed(self, run: Run) -> list[int | None]:
+        """The step that each attempt continued from."""
+        return [a.resumed_from.step if a.resumed_from else None for a in run.attempts()]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root that holds the tiny corpus and nothing else."""
+    folder = tmp_path_factory.mktemp("corpus")
+    build(write_corpus(folder), Root(str(folder / "root")))
+    return folder / "root"
+
+
+@pytest.fixture
+def bench(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    """A workplace of this test alone."""
+    shutil.copytree(corpus, tmp_path / "root")
+    monkeypatch.setenv("TESSERA_CACHE", str(tmp_path / "cache"))
+    for name in [name for name in os.environ if name.startswith("TESSERA_")]:
+        if name != "TESSERA_CACHE":
+            monkeypatch.delenv(name)
+    return Bench(tmp_path)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What an undisturbed run of the tiny experiment came to."""
+
+    root: Path
+    digest: str
+    points: dict[str, dict[int, float]]
+
+
+METRICS = ("train/loss", "train/lr", "train/grad_norm", "eval/loss", "progress/tokens")
+
+
+@pytest.fixture(scope="session")
+def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Whole]:
+    """Makes undisturbed runs in this process; arguments are overrides."""
+
+    def make(*overrides: str) -> Whole:
+        folder = tmp_path_factory.mktemp("whole")
+        shutil.copytree(corpus, folder / "root")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TESSERA_CACHE", str(folder / "cache"))
+            bench = Bench(folder)
+            run = bench.train(*overrides).run
+            points = {key: bench.points(run, key) for key in METRICS}
+            return Whole(folder / "root", bench.digest(run), points)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def whole(undisturbed: Callable[..., Whole]) -> Whole:
+    """The undisturbed run of the tiny experiment."""
+    return undisturbed()

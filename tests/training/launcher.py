@@ -1,0 +1,41 @@
+"""Starts ``tessera`` commands in processes of their own, without the seconds that torch takes.
+
+It has imported everything, runs no thread, and forks for every order that it reads; it answers with
+the process id and, once the process has ended, its exit code. What a child does is what the command
+does, and a kill -9 is one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+import tessera.training.session  # noqa: F401 - what takes the seconds
+from tessera.cli.common import run_command
+from tessera.cli.main import tessera as command
+
+
+def run(order: dict[str, object]) -> int:
+    """The child's life."""
+    for descriptor, end in ((1, "out"), (2, "err")):
+        file = os.open(f"{order['output']}.{end}", os.O_CREAT | os.O_WRONLY)
+        os.dup2(file, descriptor)
+    os.environ["TESSERA_CACHE"] = str(order["cache"])
+    arguments = order["arguments"]
+    assert isinstance(arguments, list)
+    code = run_command(command, arguments)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
+
+
+for name in [name for name in os.environ if name.startswith("TESSERA_")]:
+    del os.environ[name]
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        os._exit(run(json.loads(line)))
+    print(child, flush=True)
+    _, status = os.waitpid(child, 0)
+    print(os.waitstatus_to_exitcode(status), flush=True)
