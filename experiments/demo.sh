@@ -7,7 +7,7 @@ PATH="$PWD/.venv/bin:$PATH"
 # Embedded defaults: whatever root or server you use otherwise, the demo keeps to its own folder.
 export TESSERA_ROOT="${TESSERA_DEMO_ROOT:-.tessera}"
 unset TESSERA_RUN_ID TESSERA_USD_PER_HOUR TESSERA_BILLED_FROM MLFLOW_TRACKING_URI
-export COLUMNS="${COLUMNS:-$(tput cols 2>/dev/null || echo 120)}"
+[ -t 1 ] || export COLUMNS="${COLUMNS:-140}"  # in a log there is no window to be narrow for
 started=$SECONDS
 
 title() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
@@ -19,7 +19,7 @@ field() { python -c 'import json, sys; print(eval("value" + sys.argv[1], {"value
 
 title "1/6 corpus: Python's own documentation and a small English and Japanese sample"
 run tessera corpus build data_manifests/sample.yaml
-data=$(tessera corpus build data_manifests/sample.yaml --json --quiet | field '["fingerprint"]')
+data=$(tessera corpus build data_manifests/sample.yaml --json --quiet | field '["manifest"]["fingerprint"]')
 
 title "2/6 base model: about a million parameters from random weights"
 train experiments/smoke.yaml --set "data.fingerprint=${data:0:12}"
