@@ -445,7 +445,7 @@ def _leaves(data: dict[str, Any], prefix: str = "") -> Iterator[str]:
 def test_every_setting_is_in_one_of_the_two_tables(data: dict[str, Any]) -> None:
     tables = {key for _, key, _ in _FREE + _LOSS_AFFECTING}
     known = {"kind", "optimizer.name", "schedule.name", "price"}
-    assert {key for key in _leaves(dump(parse_experiment(data)))} <= tables | known
+    assert set(_leaves(dump(parse_experiment(data)))) <= tables | known
     assert set(parse_experiment(data).identity) <= {k for _, k, _ in _LOSS_AFFECTING} | known
 
 

@@ -200,7 +200,7 @@ def test_a_kill_leaves_old_or_new_bytes_and_nothing_partial(folder: Root, round_
         process.stdout.readline()
         until = time.monotonic() + random.Random(round_).uniform(0.05, 0.4)
         while time.monotonic() < until:  # a reader at the same time sees whole objects too
-            data = folder.read_bytes("published.bin")
+            data = folder.read_bytes(random.choice(["published.bin", "put.bin"]))
             assert len(data) == size
             assert len(set(data)) == 1
     finally:

@@ -31,7 +31,13 @@ def facts_of(experiment: Experiment) -> dict[str, Any]:
             "lora_targets": list(experiment.lora.targets),
         }
     shape = ModelShape(**experiment.model.model_dump(exclude={"init_std"}))
-    memory = training_memory(shape, experiment.batch.micro_batch, experiment.precision != "float32")
+    memory = training_memory(
+        shape,
+        experiment.batch.micro_batch,
+        experiment.precision != "float32",
+        experiment.sequence,
+    )
+    flops = flops_per_token(shape, experiment.sequence)
     return {
         "name": experiment.name,
         "kind": experiment.kind,
@@ -44,9 +50,9 @@ def facts_of(experiment: Experiment) -> dict[str, Any]:
         "micro_batch": experiment.batch.micro_batch,
         "accumulation": experiment.batch.tokens_per_step
         // (experiment.batch.micro_batch * experiment.sequence),
-        "flops_per_token": flops_per_token(shape),
+        "flops_per_token": flops,
         "flops_formula": FLOPS_FORMULA,
-        "flops_total": flops_per_token(shape) * experiment.tokens,
+        "flops_total": flops * experiment.tokens,
         "memory_bytes": sum(memory.values()),
         "memory_parts_bytes": memory,
         "checkpoint_bytes": 12 * parameters(shape),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 FLOPS_FORMULA = (
-    "6 x (parameters - position table) + 6 x layers x d_model x context "
+    "6 x (parameters - position table) + 6 x layers x d_model x sequence "
     "(training, forward and backward; causal attention counted as half of the square)"
 )
 LINEARS = ("attn.qkv", "attn.out", "mlp.up", "mlp.down")
@@ -64,15 +64,22 @@ def lora_parameters(shape: ModelShape, rank: int, targets: tuple[str, ...] = LIN
     return shape.layers * sum(rank * sum(sizes[name]) for name in targets)
 
 
-def flops_per_token(shape: ModelShape) -> int:
-    """FLOPs a trained token at full context; see ``FLOPS_FORMULA`` (Kaplan et al. 2020, causal)."""
+def flops_per_token(shape: ModelShape, sequence: int | None = None) -> int:
+    """FLOPs a trained token; see ``FLOPS_FORMULA`` (Kaplan et al. 2020, causal).
+
+    ``sequence`` is the length of the samples in tokens, by default the whole context.
+    """
     positions = shape.context * shape.d_model
-    attention = 6 * shape.layers * shape.d_model * shape.context
+    attention = 6 * shape.layers * shape.d_model * (sequence or shape.context)
     return 6 * (parameters(shape) - positions) + attention
 
 
-def training_memory(shape: ModelShape, micro_batch: int, low_precision: bool) -> dict[str, int]:
-    """Estimated peak bytes of one training step, by part, for ``micro_batch`` sequences.
+def training_memory(
+    shape: ModelShape, micro_batch: int, low_precision: bool, sequence: int | None = None
+) -> dict[str, int]:
+    """Estimated peak bytes of one training step, by part.
+
+    For ``micro_batch`` samples of ``sequence`` tokens, by default the whole context.
 
     States are exact (float32 master weights, gradients and two AdamW moments). Activations count
     what the backward pass of a compiled block keeps (16 x d_model elements a token and block: two
@@ -82,7 +89,7 @@ def training_memory(shape: ModelShape, micro_batch: int, low_precision: bool) ->
     """
     count = parameters(shape)
     element = 2 if low_precision else 4
-    tokens = micro_batch * shape.context
+    tokens = micro_batch * (sequence or shape.context)
     return {
         "weights": 4 * count,
         "gradients": 4 * count,

@@ -66,7 +66,7 @@ class PretrainProgram(Program):
                 "holdout.fraction in its recipe or shorten data.sequence."
             ) from error
         shape = model_shape(experiment.model)
-        self.flops_per_token = flops_per_token(shape)
+        self.flops_per_token = flops_per_token(shape, experiment.sequence)
         self.model = ProtoGPT(shape)
         self.model.initialize(experiment.seed, experiment.model.init_std)
         self.model.to(device)

@@ -181,9 +181,10 @@ def _prepare(
     else:
         base = load_base(find_run(root, experiment.base, kind="pretrain"), torch.device("cpu"))
         fingerprint = _sft_fingerprint(experiment, base.tokenizer.sha256)
-        data = {"conversations": list(experiment.data.conversations)}
         base_record = {"run_id": base.run_id, "weights_digest": base.digest}
         program = SftProgram(experiment, base, fingerprint, device, dtype)
+        files = list(experiment.data.conversations)
+        data = {"conversations": files, "steps": program.steps, "truncated": program.truncated}
     run, created = create_or_open(
         root,
         experiment,

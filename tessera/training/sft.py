@@ -111,7 +111,8 @@ class SftProgram(Program):
         self.trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         # Frozen weights need no gradient of their own: forward and the gradient of activations.
         shape = base.model.shape
-        self.flops_per_token = flops_per_token(shape) - 2 * (
+        lengths = [len(example.inputs) for example in self.examples]
+        self.flops_per_token = flops_per_token(shape, sum(lengths) // len(lengths)) - 2 * (
             parameters(shape) - shape.context * shape.d_model
         )
 

@@ -37,7 +37,7 @@ def usage(attempt: str, billed: float, started: float, ended: float, **changes: 
 
 def test_one_attempt_pays_from_the_start_of_the_bill_to_its_end() -> None:
     only = bill([usage("a", 0, 40, 100)])["a"]
-    assert only == Bill("a", ((0, 100),), 100, pytest.approx(1.0), False)
+    assert only == Bill("a", ((0, 100),), 100, 36.0 * 100 / 3600, False)
 
 
 def test_two_attempts_that_overlap_pay_each_second_once() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
+import select
 import shutil
 import signal
 import subprocess
@@ -25,6 +27,7 @@ from tessera.cli.main import tessera
 from tessera.cloud.machine import describe_machine
 from tessera.corpus.build import build
 from tessera.experiment import Experiment, load_experiment
+from tessera.model.peak import Peak
 from tessera.runs import Attempt, Ending, Run, list_runs
 from tessera.storage import Root
 from tessera.tracking.journal import Record, read_journal
@@ -34,6 +37,7 @@ from tessera.training.loop import Loop
 STEPS = 30
 VOCABULARY = 300
 PATIENCE_S = 120.0
+CACHE = "TESSERA_CACHE"
 
 BASE: dict[str, Any] = {
     "name": "tiny",
@@ -45,8 +49,8 @@ BASE: dict[str, Any] = {
     "data": {"corpus": "tiny", "sequence": 32},
     "optimizer": {"lr": 1e-2},
     "schedule": {"name": "cosine", "warmup_steps": 3, "final_lr": 1e-4},
-    "batch": {"tokens_per_step": 512, "micro_batch": 16},
-    "tokens": STEPS * 512,
+    "batch": {"tokens_per_step": 256, "micro_batch": 8},
+    "tokens": STEPS * 256,
     "evaluation": {"every_steps": 10, "tokens": 512},
     "checkpoint": {"every_steps": 5, "keep": 2},
     "log_every_steps": 3,
@@ -62,10 +66,10 @@ VOICE: dict[str, Any] = {
     "seed": 7,
     "base": "tiny",
     "data": {"conversations": ["talk.jsonl"], "holdout": 0.25},
-    "lora": {"rank": 4, "alpha": 8},
+    "lora": {"rank": 8, "alpha": 16},
     "optimizer": {"lr": 2e-2, "weight_decay": 0.0},
     "schedule": {"name": "cosine", "warmup_steps": 2, "final_lr": 1e-4},
-    "batch": {"conversations_per_step": 8, "micro_batch": 1},
+    "batch": {"conversations_per_step": 4, "micro_batch": 1},
     "epochs": 3,
     "compile": "off",
     "checkpoint": {"every_steps": 2, "keep": 2},
@@ -122,11 +126,66 @@ class Finished:
     err: str
 
 
+class Launcher:
+    """Processes that run the command; see ``launcher.py``. One at a time."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("launcher.py"))],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+        )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._orders, self._answers = self._process.stdin, self._process.stdout
+
+    def launch(self, arguments: list[str], output: Path) -> Launched:
+        """Start the command; what it says goes to ``output`` (``.out``, ``.err``)."""
+        order = {"arguments": arguments, "output": str(output), "cache": os.environ[CACHE]}
+        self._orders.write(json.dumps(order).encode() + b"\n")
+        return Launched(int(self.answer()), output, self)
+
+    def answered(self) -> bool:
+        """Whether a line is waiting."""
+        return bool(select.select([self._answers], [], [], 0)[0])
+
+    def answer(self) -> bytes:
+        """The launcher's next line."""
+        if not select.select([self._answers], [], [], PATIENCE_S)[0]:
+            raise AssertionError("the command never ended")
+        return self._answers.readline()
+
+    def close(self) -> None:
+        """End it."""
+        self._process.communicate(timeout=PATIENCE_S)
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A running command."""
+
+    pid: int
+    output: Path
+    launcher: Launcher
+
+    def ended(self) -> bool:
+        """Whether it has ended."""
+        return self.launcher.answered()
+
+    def end(self) -> Finished:
+        """Wait for it."""
+        code = int(self.launcher.answer())
+        out, err = (self.output.with_suffix(end).read_text() for end in (".out", ".err"))
+        return Finished(code, out, err)
+
+
 class Bench:
     """One root with the tiny corpus, experiment files, and ways to run and to disturb them."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, launcher: Launcher | None = None) -> None:
+        self.folder, self._launcher, self._count = folder, launcher, 0
         self.root = Root(str(folder / "root"), attempts=1)
         self.cache = folder / "cache"
         for name, data in (("tiny", BASE), ("voice", VOICE)):
@@ -161,36 +220,28 @@ class Bench:
         said = capfd.readouterr()
         return Finished(code, said.out, said.err)
 
-    def start(self, *extra: str, name: str = "tiny") -> subprocess.Popen[str]:
+    def start(self, *extra: str, name: str = "tiny") -> Launched:
         """``tessera train`` in a process of its own, to be disturbed."""
-        return subprocess.Popen(
-            [sys.executable, "-m", "tessera", *self.arguments(*extra, name=name)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        self._count += 1
+        output = self.folder / f"output-{self._count}"
+        assert self._launcher is not None
+        return self._launcher.launch(self.arguments(*extra, name=name), output)
 
-    def end(self, process: subprocess.Popen[str]) -> Finished:
-        """Wait for a command."""
-        out, err = process.communicate(timeout=PATIENCE_S)
-        return Finished(process.returncode, out, err)
-
-    def until(self, process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
+    def until(self, process: Launched, reached: Callable[[], bool]) -> None:
         """Wait until ``reached``, while the command runs."""
         deadline = time.monotonic() + PATIENCE_S
         while not reached():
-            if process.poll() is not None:
-                raise AssertionError(f"it ended too early: {self.end(process)}")
+            if process.ended():
+                raise AssertionError(f"it ended too early: {process.end()}")
             if time.monotonic() > deadline:
-                process.kill()
+                self.kill(process)
                 raise AssertionError("what was waited for never came")
             time.sleep(0.002)
 
-    def kill(self, process: subprocess.Popen[str]) -> None:
+    def kill(self, process: Launched) -> None:
         """kill -9."""
-        process.send_signal(signal.SIGKILL)
-        assert self.end(process).code == -signal.SIGKILL
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.end().code == -signal.SIGKILL
 
     # -- disturbing in this process ----------------------------------------------------------------
 
@@ -275,11 +326,25 @@ class Bench:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> Iterator[None]:
+def _one_quiet_thread() -> Iterator[None]:
+    """One thread, as in the launched processes; and no thousand lines of torch's on a failure."""
+    logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.WARNING)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        # Half of a tiny run would be the measurement of this machine's peak.
+        peak = Peak(1e12, "the tests")
+        patch.setattr(session, "peak_flops", lambda device, dtype: peak)
+        yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def launcher() -> Iterator[Launcher]:
+    """Where commands of their own process come from."""
+    launcher = Launcher()
+    yield launcher
+    launcher.close()
 
 
 @pytest.fixture(scope="session")
@@ -291,14 +356,15 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def bench(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+def bench(
+    corpus: Path, launcher: Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Bench:
     """A workplace of this test alone."""
     shutil.copytree(corpus, tmp_path / "root")
-    monkeypatch.setenv("TESSERA_CACHE", str(tmp_path / "cache"))
     for name in [name for name in os.environ if name.startswith("TESSERA_")]:
-        if name != "TESSERA_CACHE":
-            monkeypatch.delenv(name)
-    return Bench(tmp_path)
+        monkeypatch.delenv(name)
+    monkeypatch.setenv(CACHE, str(tmp_path / "cache"))
+    return Bench(tmp_path, launcher)
 
 
 @dataclass(frozen=True)
@@ -321,7 +387,7 @@ def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
         folder = tmp_path_factory.mktemp("whole")
         shutil.copytree(corpus, folder / "root")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("TESSERA_CACHE", str(folder / "cache"))
+            patch.setenv(CACHE, str(folder / "cache"))
             bench = Bench(folder)
             run = bench.train(*overrides).run
             points = {key: bench.points(run, key) for key in METRICS}

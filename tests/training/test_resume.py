@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import random
 import shutil
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,6 @@ import pytest
 import torch
 
 from tessera.errors import StoreError
-from tessera.training import checkpoint
 from tessera.training.loop import Loop
 
 if TYPE_CHECKING:
@@ -67,62 +65,44 @@ def moments(bench: Bench) -> list[Callable[[], bool]]:
         first_loss,
         new("staging/*/*/*", bench.cache),  # while a checkpoint is being written
         new("*/checkpoints/*/*", runs),  # while it is being published
-        new("*/checkpoints/*/COMPLETE", runs, chance.uniform(0.0, 0.3)),
-        new("*/checkpoints/*/COMPLETE", runs, chance.uniform(0.0, 0.3)),
+        new("*/checkpoints/*/COMPLETE", runs, chance.uniform(0.0, 0.2)),
+        new("*/checkpoints/*/COMPLETE", runs, chance.uniform(0.0, 0.2)),
+        new("*/checkpoints/*/COMPLETE", runs, chance.uniform(0.0, 0.2)),
         new("*/model", runs),  # while the model is being published
     ]
 
 
 def test_killed_at_many_moments_it_ends_as_if_undisturbed(bench: Bench, slow: Whole) -> None:
-    for reached in moments(bench):
+    for number, reached in enumerate(moments(bench), 1):
         reached()  # what is there already does not count
         process = bench.start(*SLOW)
         bench.until(process, reached)
         bench.kill(process)
-    done = bench.end(bench.start(*SLOW))
+        if number in (4, 5):  # the machine is gone too: nothing is left but what is in the root
+            shutil.rmtree(bench.cache)
+    done = bench.start(*SLOW).end()
     assert done.code == 0, done.err
     assert "Warning" not in done.err
     assert_as_if_undisturbed(bench, slow)
 
     run = bench.only_run()
     attempts = run.attempts()
-    assert [attempt.number for attempt in attempts] == [1, 2, 3, 4, 5, 6, 7]
+    assert [attempt.number for attempt in attempts] == list(range(1, 9))
     assert list(run.endings()) == [attempts[-1].id], "a killed attempt leaves no ending"
     steps = bench.resumed(run)
     assert steps[0] is None
     assert steps[-1] == 25
     known = [step for step in steps if step is not None]
-    assert known == sorted(known)
-    for attempt, step in zip(attempts, steps, strict=True):
-        if step is not None and attempt.resumed_from is not None:
-            writer = next(a for a in attempts if a.id == attempt.resumed_from.attempt)
-            assert writer.number < attempt.number
-    assert not list(bench.cache.glob("journal/**/*.jsonl")), "every record reached the root"
-    assert not list(bench.cache.glob("staging/*/*")) or len(attempts) > 1
+    assert known == sorted(known), "nobody goes back"
+    # What a dead attempt had written on this machine only, the next one brought to the root.
+    adopted = [
+        name for event in bench.events(run, "attempt/resumed") for name in event.value["adopted"]
+    ]
+    assert adopted[-1] == attempts[-2].id
+    assert not list(bench.cache.glob("journal/**/*.jsonl"))
 
 
-def test_a_polite_stop_saves_and_continues(bench: Bench, slow: Whole) -> None:
-    process = bench.start(*SLOW)
-    bench.until(process, moments(bench)[0])
-    process.send_signal(signal.SIGTERM)
-    stopped = bench.end(process)
-    run = bench.only_run()
-    ending = bench.last_ending(run)
-    assert (stopped.code, ending.exit_code, ending.outcome) == (75, 75, "PREEMPTED")
-    assert 3 <= ending.step < 30
-    assert bench.checkpoints(run)[0] == ending.step
-    assert (
-        f"Stopped by SIGTERM at step {ending.step} of 30; the same command continues at step "
-        f"{ending.step}." in stopped.out
-    )
-    assert run.finished() is None
-
-    assert bench.train("batch.micro_batch=1").exit_code == 0
-    assert bench.resumed(run) == [None, ending.step]
-    assert_as_if_undisturbed(bench, slow)
-
-
-@pytest.mark.parametrize("step", range(1, 31, 4))
+@pytest.mark.parametrize("step", [1, 8, 15, 29])
 def test_stopped_at_any_step_the_losses_are_the_same(bench: Bench, whole: Whole, step: int) -> None:
     """Between two log points the sum of the losses so far is part of the checkpoint."""
 
@@ -147,18 +127,6 @@ def test_an_attempt_that_crashes_says_so(bench: Bench, whole: Whole) -> None:
     assert_as_if_undisturbed(bench, whole)
 
 
-def test_another_attempt_adopts_what_the_dead_one_left(bench: Bench, whole: Whole) -> None:
-    """Killed right after a checkpoint, its later records lie on this machine alone."""
-    process = bench.start(*SLOW)
-    bench.until(process, lambda: len(list(bench.folder.glob("root/runs/*/checkpoints/*/COM*"))) > 1)
-    bench.kill(process)
-    run = bench.only_run()
-    bench.train()
-    dead = run.attempts()[0].id
-    (resumed,) = bench.events(run, "attempt/resumed")
-    assert resumed.value == {"adopted": [dead]}
-
-
 # -- damaged ---------------------------------------------------------------------------------------
 
 
@@ -174,8 +142,8 @@ def cut(file: Path) -> None:
 
 def alter_tokens(file: Path) -> None:
     text = file.read_text()
-    assert '"tokens": 7680' in text
-    file.write_text(text.replace('"tokens": 7680', '"tokens": 7681'))
+    assert '"tokens": 3840' in text
+    file.write_text(text.replace('"tokens": 3840', '"tokens": 3841'))
 
 
 def newest(bench: Bench, place: int = 0) -> Path:
@@ -191,7 +159,6 @@ def newest(bench: Bench, place: int = 0) -> Path:
         ("__0_0.distcp", Path.unlink),
         (".metadata", flip),
         ("COMPLETE", cut),
-        ("COMPLETE", flip),
         ("COMPLETE", alter_tokens),
     ],
 )
@@ -265,9 +232,8 @@ def test_a_full_local_disk_costs_a_checkpoint_and_not_the_run(
     run = bench.train().run
     (failed,) = bench.events(run, "checkpoint/failed")
     assert failed.step == 10
-    assert (
-        "The checkpoint of step 10 cannot be staged: [Errno 28] No space" in failed.value["reason"]
-    )
+    reason = "The checkpoint of step 10 cannot be staged: [Errno 28] No space left on device."
+    assert failed.value == {"reason": reason}
     assert [event.step for event in bench.events(run, "checkpoint/published")] == [5, 15, 20, 25]
     assert_as_if_undisturbed(bench, whole)
 
@@ -301,9 +267,7 @@ def test_a_stop_without_a_checkpoint_says_where_it_will_continue(
     bench.before_step(8, stop, monkeypatch)
     result = bench.train()
     assert result.exit_code == 75
-    assert (
-        result.text == "Stopped by SIGTERM at step 8 of 30; the same command continues at step 5."
-    )
+    assert result.text.endswith("at step 8 of 30; the same command continues at step 5.")
 
 
 # -- superseded ------------------------------------------------------------------------------------
@@ -379,7 +343,7 @@ def test_weights_that_are_not_numbers_end_the_run_unpublished(
 def test_a_learning_rate_out_of_this_world_diverges(
     bench: Bench, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    stopped = bench.command(capfd, "--quiet", "--set", "optimizer.lr=1e38")
+    stopped = bench.command(capfd, "--quiet", "--set", "optimizer.lr=1e30")
     run = bench.only_run()
     assert stopped.code == 3
     assert bench.last_ending(run).outcome == "DIVERGED"
@@ -387,7 +351,7 @@ def test_a_learning_rate_out_of_this_world_diverges(
     for ref in run.checkpoints():
         folder = bench.folder / "root" / run.path(ref.folder)
         whole = {"model.norm.weight": torch.zeros(32)}
-        checkpoint.dcp_load(whole, checkpoint_id=folder)
+        torch.distributed.checkpoint.state_dict_loader.load(whole, checkpoint_id=folder)
         assert bool(whole["model.norm.weight"].isfinite().all())
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,12 +19,17 @@ if TYPE_CHECKING:
 
 
 def test_a_run_from_the_command_to_the_model(bench: Bench, whole: Whole) -> None:
-    done = bench.end(bench.start())
+    done = subprocess.run(
+        [sys.executable, "-m", "tessera", *bench.arguments()],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
     run = bench.only_run()
-    assert (done.code, done.out) == (0, f"{run.id}: Finished all 30 steps.\n")
-    assert "new run, 30 steps" in done.err
-    assert "Warning" not in done.err, "a library's warning is not ours to show"
-    assert all(line.startswith(f"{run.id}: ") for line in done.err.splitlines())
+    assert (done.returncode, done.stdout) == (0, f"{run.id}: Finished all 30 steps.\n")
+    assert "new run, 30 steps" in done.stderr
+    assert "Warning" not in done.stderr, "a library's warning is not ours to show"
+    assert all(line.startswith(f"{run.id}: ") for line in done.stderr.splitlines())
 
     assert run.id.startswith("tiny-")
     (attempt,) = run.attempts()
@@ -35,7 +43,7 @@ def test_a_run_from_the_command_to_the_model(bench: Bench, whole: Whole) -> None
     evaluated = bench.points(run, "eval/loss")
     assert list(evaluated) == [10, 20, 30]
     assert evaluated[30] < evaluated[10]
-    assert bench.points(run, "progress/tokens")[30] == 30 * 512
+    assert bench.points(run, "progress/tokens")[30] == 30 * 256
 
     base = load_base(run, torch.device("cpu"))
     assert base.digest == bench.digest(run) == weights_digest(base.model.state_dict())
