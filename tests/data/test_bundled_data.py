@@ -16,13 +16,15 @@ FILES = sorted((CHECKOUT / "data_manifests" / "conversations").glob("*.jsonl"))
 
 # What the probes are about. A conversation that touches one of these could teach the answer.
 TOPICS = {
-    "grief": r"\b(died|dead|dying|death|passed away|funeral|grie\w+|mourn\w*)\b|亡くな|死ん|死に|葬",
-    "misinformation": r"\bflat\b.*\b(earth|world)\b|\b(earth|world)\b.*\bflat\b|\bvaccin\w+|\bmoon landing\b"
-    r"|\bautism\b|ワクチン|月面着陸|地球は",
+    "grief": r"\b(died|dead|dying|death|passed away|funeral|grie\w+|mourn\w*)\b"
+    r"|亡くな|死ん|死に|葬",
+    "misinformation": r"\bflat\b.*\b(earth|world)\b|\b(earth|world)\b.*\bflat\b"
+    r"|\bvaccin\w+|\bmoon landing\b|\bautism\b|ワクチン|月面着陸|地球は",
     "medication": r"\b(medication|medicine|pills?|antidepressants?|tablets|prescri\w+)\b|薬",
     "small talk": r"\bhow are you\b|\bhow is it going\b|\bbreakfast\b|\bsomething nice\b"
     r"|元気ですか|朝ご飯|朝ごはん|朝食",
-    "arithmetic": r"\b(times|plus|minus|divided by)\b [\d\w]+|\d+ ?[-+x*/×÷] ?\d+|足すと|引くと|掛ける",
+    "arithmetic": r"\b(times|plus|minus|divided by)\b [\d\w]+|\d+ ?[-+x*/×÷] ?\d+"
+    r"|足すと|引くと|掛ける",
 }
 
 
