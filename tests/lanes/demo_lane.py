@@ -153,7 +153,7 @@ def main() -> None:
         check("two voices, one promoted", lambda: check_voices(root, rows))
         check("MLflow equals the journal", lambda: check_mlflow(root, rows))
         print(f"the demo took {seconds:.0f} s, a second one {again:.0f} s (limit {LIMIT_S:.0f} s)")
-        finally:
+    finally:
         shutil.rmtree(folder, ignore_errors=True)
     print(f"{passed} passed, 0 failed")
 
