@@ -31,7 +31,7 @@ def _cache(factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Under ``CI`` a skipped test fails the run: everything it needs is installed by the project."""
+    """Under ``CI`` a skipped test fails the run: the project installs all that tests need."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if os.environ.get("CI") and reporter is not None and reporter.stats.get("skipped"):
         reporter.write_line("skipped tests count as failures in CI", red=True)

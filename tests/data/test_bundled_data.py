@@ -1,4 +1,4 @@
-"""The bundled conversations and texts: enough of them, well-formed, and apart from the interview."""
+"""The bundled conversations: enough of them, well-formed, and apart from the interview."""
 
 from __future__ import annotations
 
