@@ -6,7 +6,8 @@
     ├── DivergedError       3    the loss is no longer a number worth paying for
     └── RetryElsewhereError 75   another machine or another moment may help
         └── StoreError      75   the object store did not answer as it should
-            └── NotFoundError 75 the store answered: there is no such object
+            ├── NotFoundError 75 the store answered: there is no such object
+            └── DamagedError  2  the store answered with bytes that contradict their digest or form
     SupersededError         2    a newer attempt of the same run took over
 
 The command line prints the sentence alone and leaves with the code; a traceback is a bug.
@@ -56,6 +57,15 @@ class RetryElsewhereError(TesseraError):
 
 class StoreError(RetryElsewhereError):
     """The store behind the root failed after every retry."""
+
+
+class DamagedError(StoreError):
+    """The store answered, but the bytes contradict their digest or their format.
+
+    Another machine would read the same bytes, so this is final until a person restores them.
+    """
+
+    exit_code = 2
 
 
 class NotFoundError(StoreError):

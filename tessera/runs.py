@@ -30,7 +30,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
-from tessera.errors import ConflictError, InputError, StoreError
+from tessera.errors import ConflictError, DamagedError, InputError
 from tessera.experiment import Experiment, dump, parse_experiment
 from tessera.storage import Root, canonical_json
 
@@ -234,7 +234,7 @@ class Run:
         segments: list[Segment] = []
         while True:
             if name not in attempts:
-                raise StoreError(
+                raise DamagedError(
                     f"attempts/{name}.json of run {self.id} is missing in {self.root.url} but its "
                     "checkpoints are there; restore it from a backup."
                 )
@@ -359,7 +359,7 @@ def _read(root: Root, path: str, build: Callable[[dict[str, Any]], T]) -> T:
     try:
         return build(data)
     except (TypeError, AttributeError) as error:
-        raise StoreError(
+        raise DamagedError(
             f"{path} in {root.url} is not a record that this version of tessera writes ({error}); "
             "use the version that wrote it, or restore it from a backup."
         ) from error

@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 import fsspec
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
-from tessera.errors import ConflictError, InputError, NotFoundError, StoreError
+from tessera.errors import ConflictError, DamagedError, InputError, NotFoundError, StoreError
 
 DEFAULT_ROOT = ".tessera"
 ROOT_VARIABLE = "TESSERA_ROOT"
@@ -171,7 +171,7 @@ class Root:
         try:
             return json.loads(data)
         except ValueError as error:
-            raise StoreError(
+            raise DamagedError(
                 f"{path} in {self.url} is not valid JSON ({error}); it was damaged or written by "
                 "something else: restore it or remove it."
             ) from error
@@ -238,7 +238,7 @@ class Root:
             fetch = lambda: self.fs.get_file(self._full(path), str(temporary))  # noqa: E731
             self._call(path, fetch, written_to=str(local.parent))
             if sha256 is not None and (found := sha256_file(temporary)) != sha256:
-                raise StoreError(
+                raise DamagedError(
                     f"{path} in {self.url} has sha256 {found[:12]}, expected {sha256[:12]}; the "
                     "object is damaged: restore it or build it again."
                 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,14 +13,13 @@ _OURS = ("TESSERA_", "MLFLOW_", "AWS_", "SKYPILOT_")
 @pytest.fixture(autouse=True)
 def clean_environment(
     monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[None]:
+) -> None:
     """No variable of the project or of a cloud leaks in; caches go to a folder of the session."""
     for name in list(os.environ):
         if name.startswith(_OURS):
             monkeypatch.delenv(name)
     monkeypatch.setenv("TESSERA_CACHE", str(_cache(tmp_path_factory)))
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
-    yield
 
 
 def _cache(factory: pytest.TempPathFactory) -> Path:

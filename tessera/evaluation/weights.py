@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from tessera.corpus.chat import Message, render
 from tessera.corpus.tokenizer import Tokenizer
-from tessera.errors import InputError, StoreError
+from tessera.errors import DamagedError, InputError
 from tessera.model.digest import weights_digest
 from tessera.model.generate import generate
 from tessera.model.lora import add_lora, load_lora_state
@@ -109,7 +109,7 @@ def shape_to_json(shape: ModelShape) -> dict[str, Any]:
 def load_base(run: Run, device: torch.device | None = None) -> Base:
     """The base model that ``run`` published.
 
-    Raises ``InputError`` if it has none yet, ``StoreError`` if the weights are not the ones whose
+    Raises ``InputError`` if it has none yet, ``DamagedError`` if the weights are not the ones whose
     digest stands beside them.
     """
     root = run.root
@@ -178,23 +178,23 @@ def _tensors(root: Root, path: str, digest: str) -> dict[str, torch.Tensor]:
         if local.exists():
             try:
                 return _verified(local, digest)
-            except StoreError:
+            except DamagedError:
                 local.unlink()  # only this machine's copy is damaged so far
         root.get_file(path, local)
     return _verified(local, digest)
 
 
 def _verified(file: Path, digest: str) -> dict[str, torch.Tensor]:
-    """Tensors of a local safetensors file; a ``StoreError`` unless they have this digest."""
+    """Tensors of a local safetensors file; a ``DamagedError`` unless they have this digest."""
     try:
         state = load_file(file)
     except (SafetensorError, OSError) as error:
-        raise StoreError(
+        raise DamagedError(
             f"{file} cannot be read as tensors ({error}); it is damaged: publish it again or "
             "restore it from a backup."
         ) from error
     if (found := weights_digest(state)) != digest:
-        raise StoreError(
+        raise DamagedError(
             f"{file} has weights digest {found[:12]}, its {SIDECAR} says {digest[:12]}; it is "
             "damaged: publish it again or restore it from a backup."
         )

@@ -11,7 +11,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tessera.errors import ConflictError, StoreError
+from tessera.errors import ConflictError, DamagedError
 from tessera.storage import Root
 
 MODEL_NAME = "tessera-adapter"
@@ -105,6 +105,6 @@ def _read(root: Root, path: str) -> Promotion:
         refusals = tuple(data["refusals"])
         return Promotion(**{**data, "evidence": evidence, "refusals": refusals})
     except (KeyError, TypeError) as error:
-        raise StoreError(
+        raise DamagedError(
             f"{path} in {root.url} is not a promotion record ({error}); restore it from a backup."
         ) from error

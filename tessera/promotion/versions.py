@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tessera.errors import InputError, StoreError
+from tessera.errors import DamagedError, InputError
 from tessera.promotion.gate import Weights
 from tessera.promotion.records import MODEL_NAME, Promotion, holders, read_promotions
 from tessera.runs import Run, open_run
@@ -50,9 +50,9 @@ def fetch_adapter(run: Run, adapter: str, folder: Path) -> Weights:
     try:
         found = weights_digest(load_file(folder / "adapter_model.safetensors"))
     except (OSError, SafetensorError) as error:
-        raise StoreError(f"Adapter {adapter} of run {run.id} is damaged ({error}).") from error
+        raise DamagedError(f"Adapter {adapter} of run {run.id} is damaged ({error}).") from error
     if found != said:
-        raise StoreError(
+        raise DamagedError(
             f"Adapter {adapter} of run {run.id} has weights digest {found[:12]}, its weights.json "
             f"says {said[:12]}; it is damaged: restore it from a backup."
         )
@@ -157,7 +157,7 @@ def _store(server: Server, root: Root, promotion: Promotion, run_id: str | None)
         folder.mkdir()
         weights = fetch_adapter(open_run(root, promotion.run_id), promotion.adapter, folder)
         if weights.adapter_digest != promotion.adapter_digest:
-            raise StoreError(
+            raise DamagedError(
                 f"Adapter {promotion.who} was promoted with weights "
                 f"{promotion.adapter_digest[:12]} and has {weights.adapter_digest[:12]} now; "
                 "restore it from a backup."

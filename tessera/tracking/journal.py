@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, get_args
 
-from tessera.errors import StoreError, TesseraError
+from tessera.errors import DamagedError, TesseraError
 from tessera.runs import Run
 from tessera.storage import Root, cache_folder, sha256_bytes
 
@@ -253,7 +253,7 @@ def adopt(run: Run) -> list[str]:
 def read_journal(run: Run, attempt: str) -> Iterator[Record]:
     """The records of one attempt that are in the root, in order of writing.
 
-    A torn last line of a segment is left out; any other broken line is a ``StoreError`` naming it.
+    A torn last line of a segment is left out; any other broken line is a ``DamagedError``.
     """
     last = 0
     for path in run.root.files(run.path("journal", attempt)):
@@ -266,7 +266,7 @@ def read_journal(run: Run, attempt: str) -> Iterator[Record]:
             except (ValueError, TypeError) as error:
                 if number == len(lines):
                     break
-                raise StoreError(
+                raise DamagedError(
                     f"{path} in {run.root.url} is damaged at line {number} ({error}); restore the "
                     "segment from a backup."
                 ) from error

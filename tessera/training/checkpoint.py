@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from tessera.errors import StoreError, SupersededError
+from tessera.errors import DamagedError, NotFoundError, StoreError, SupersededError
 from tessera.runs import Attempt, CheckpointRef, Run
 from tessera.storage import cache_folder, canonical_json, sha256_bytes, sha256_file
 from tessera.tracking.journal import Journal
@@ -126,7 +126,7 @@ def _retain(run: Run, newest: CheckpointRef, keep: int) -> None:
 def fetch_checkpoint(run: Run) -> tuple[Loaded | None, list[str]]:
     """The furthest whole checkpoint, verified locally, and a sentence for each damaged one.
 
-    None if the run has none; if all are damaged that is a ``StoreError``, because starting again
+    None if the run has none; if all are damaged that is a ``DamagedError``, because starting again
     from zero would silently throw the run away.
     """
     warnings_: list[str] = []
@@ -138,11 +138,11 @@ def fetch_checkpoint(run: Run) -> tuple[Loaded | None, list[str]]:
             for name, entry in record["files"].items():
                 run.root.get_file(run.path(ref.folder, name), folder / name, sha256=entry["sha256"])
             return Loaded(ref, folder, record["state"]), warnings_
-        except StoreError as error:
+        except (DamagedError, NotFoundError) as error:  # an outage is not damage: it ends the start
             shutil.rmtree(folder, ignore_errors=True)
             warnings_.append(f"The checkpoint of step {ref.step} is passed over: {error}")
     if refs:
-        raise StoreError(
+        raise DamagedError(
             f"None of the {len(refs)} checkpoints of run {run.id} is whole ({warnings_[0]}); "
             "restore one from a backup, or start another run with --new."
         )
@@ -153,7 +153,7 @@ def _read_complete(run: Run, ref: CheckpointRef) -> dict[str, Any]:
     path = run.path(ref.folder, COMPLETE)
     record = dict(run.root.read_json(path))
     if record.pop("sha256", None) != sha256_bytes(canonical_json(record)):
-        raise StoreError(f"{path} in {run.root.url} differs from its own digest; it is damaged.")
+        raise DamagedError(f"{path} in {run.root.url} differs from its own digest; it is damaged.")
     return record
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tessera.corpus.manifest import Manifest, ShardEntry
 from tessera.corpus.shards import Shard, open_shard
-from tessera.errors import InputError, StoreError
+from tessera.errors import DamagedError, InputError
 from tessera.storage import Root, cache_folder, sha256_file
 from tessera.training.order import SampleOrder
 
@@ -46,7 +46,7 @@ class ShardStore:
             if not _intact(path, entry):
                 self._root.get_file(entry.path, path, sha256=entry.sha256)
         elif not _intact(path, entry):
-            raise StoreError(
+            raise DamagedError(
                 f"The shard {entry.path} in {self._root.url} is missing or differs from the "
                 "manifest's digest; see `tessera corpus verify`, then build or copy it again."
             )

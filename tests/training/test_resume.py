@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from tessera.errors import StoreError
+from tessera.errors import StoreError, SupersededError
 from tessera.training.loop import Loop
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ def test_with_all_checkpoints_damaged_it_says_so_and_does_not_begin_again(
         flip(newest(bench, place) / "__0_0.distcp")
     before = bench.root.files("")
     refused = bench.command(capfd)
-    assert refused.code == 75
+    assert refused.code == 2
     assert refused.err.startswith(f"Error: None of the 2 checkpoints of run {run.id} is whole (The")
     assert refused.err.count("\n") == 1
     assert bench.root.files("") == before
@@ -294,6 +294,22 @@ def test_an_attempt_that_is_superseded_stops_and_publishes_nothing_more(
     assert not bench.root.exists(run.path("model"))
     assert run.endings()[mine.id].outcome == "SUPERSEDED"
     assert run.finished() is None
+
+
+def test_taken_over_during_an_upload_the_checkpoint_does_not_count(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = type(bench.root).put_file
+
+    def put_file(root: Any, local: Path, path: str) -> None:
+        if "/checkpoints/step-10-1-" in path and len(bench.only_run().attempts()) == 1:
+            bench.only_run().start_attempt(bench.place(), None)
+        plain(root, local, path)
+
+    monkeypatch.setattr(type(bench.root), "put_file", put_file)
+    with pytest.raises(SupersededError):
+        bench.train()
+    assert bench.checkpoints(bench.only_run()) == [5]
 
 
 # -- diverged --------------------------------------------------------------------------------------
