@@ -40,6 +40,15 @@ def free(default: Any = ..., **constraints: Any) -> Any:
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_yes_for_a_number(cls, data: Any) -> Any:
+        """YAML reads `yes` as true, and true would pass as 1."""
+        for key, value in data.items() if isinstance(data, dict) else ():
+            if isinstance(value, bool) and key != "compile":
+                raise ValueError(f"{str(value).lower()} is no value for {key}")
+        return data
+
 
 class Model(_Section):
     """The network. See ``tessera.model.shape.ModelShape`` for what each size means."""

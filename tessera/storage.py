@@ -22,6 +22,7 @@ import json
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,7 +46,25 @@ T = TypeVar("T")
 
 def cache_folder() -> Path:
     """Where this machine keeps what it can lose: ``TESSERA_CACHE``, else ``~/.cache/tessera``."""
-    return Path(os.environ.get("TESSERA_CACHE") or Path.home() / ".cache" / "tessera")
+    if named := os.environ.get("TESSERA_CACHE"):
+        return Path(named)
+    try:
+        return Path.home() / ".cache" / "tessera"
+    except RuntimeError:  # a container's user without a home
+        return Path(tempfile.gettempdir()) / f"tessera-{os.getuid()}"
+
+
+def require_writable(folder: Path) -> None:
+    """Make ``folder`` and prove that it takes a file; ``InputError`` says why it does not."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=_TEMPORARY):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"The folder {folder} cannot be written ({error.strerror or error}); point "
+            "TESSERA_CACHE at one that can."
+        ) from error
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -230,9 +249,13 @@ class Root:
         """Where an object lies if the root is a folder, so that it can be read in place."""
         return Path(self._full(path)) if self.is_local else None
 
+    def size(self, path: str) -> int:
+        """Bytes of an object."""
+        return int(self._call(path, lambda: self.fs.info(self._full(path))["size"]))
+
     def get_file(self, path: str, local: Path, *, sha256: str | None = None) -> None:
         """Download ``path`` to ``local`` atomically, checking its digest if one is given."""
-        local.parent.mkdir(parents=True, exist_ok=True)
+        require_writable(local.parent)
         temporary = local.with_name(f"{_TEMPORARY}{secrets.token_hex(4)}-{local.name}")
         try:
             fetch = lambda: self.fs.get_file(self._full(path), str(temporary))  # noqa: E731

@@ -9,6 +9,7 @@ checkpoint is passed over with a warning and the next older one is taken.
 
 from __future__ import annotations
 
+import re
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -24,8 +25,14 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from tessera.errors import DamagedError, NotFoundError, StoreError, SupersededError
-from tessera.runs import Attempt, CheckpointRef, Run
-from tessera.storage import cache_folder, canonical_json, sha256_bytes, sha256_file
+from tessera.runs import OUTCOMES_DONE, Attempt, CheckpointRef, Run
+from tessera.storage import (
+    cache_folder,
+    canonical_json,
+    require_writable,
+    sha256_bytes,
+    sha256_file,
+)
 from tessera.tracking.journal import Journal
 
 COMPLETE = "COMPLETE"
@@ -42,8 +49,12 @@ class Loaded:
 
 
 def guard_publication(run: Run, attempt: Attempt) -> None:
-    """Raise ``SupersededError`` if a later attempt of the run took over."""
-    if (other := run.superseded_by(attempt)) is not None:
+    """Raise ``SupersededError`` if a later attempt took over, or another one finished the run."""
+    other = run.superseded_by(attempt)
+    if other is None:
+        done = (n for n, ending in run.endings().items() if ending.outcome in OUTCOMES_DONE)
+        other = next((name for name in done if name != attempt.id), None)
+    if other is not None:
         raise SupersededError(
             f"Attempt {attempt.id} of run {run.id} stops: attempt {other} took over. "
             "Nothing is lost; this machine can be released."
@@ -104,8 +115,11 @@ def save_checkpoint(
     record |= {"state": dict(state)}
     record |= {"sha256": sha256_bytes(canonical_json(record))}
     run.root.publish_json(run.path(ref.folder, COMPLETE), record)
-    run.root.publish_json(run.path("latest.json"), {"step": step, "attempt": attempt.id})
-    _retain(run, ref, keep)
+    try:
+        run.root.publish_json(run.path("latest.json"), {"step": step, "attempt": attempt.id})
+        _retain(run, attempt, ref, keep)
+    except StoreError as error:  # the checkpoint counts; what could not be tidied waits
+        journal.event("checkpoint/untidy", step, reason=str(error))
     return ref
 
 
@@ -116,11 +130,20 @@ def _first_cause(error: OSError | CheckpointException) -> BaseException:
     return error
 
 
-def _retain(run: Run, newest: CheckpointRef, keep: int) -> None:
-    """Drop all but the ``keep`` newest up to ``newest``; a later one was passed over as damaged."""
-    for old in [ref for ref in run.checkpoints() if ref.step <= newest.step][keep:]:
+def _retain(run: Run, attempt: Attempt, newest: CheckpointRef, keep: int) -> None:
+    """Drop all but the ``keep`` newest up to ``newest``; a later one was passed over as damaged.
+
+    With them goes what earlier attempts left half written: nobody can complete it any more.
+    """
+    whole = run.checkpoints()
+    for old in [ref for ref in whole if ref.step <= newest.step][keep:]:
         run.root.delete(run.path(old.folder, COMPLETE))  # first it stops counting
         run.root.delete_tree(run.path(old.folder))
+    names = {ref.folder.rsplit("/", 1)[-1] for ref in whole}
+    for name in run.root.children(run.path("checkpoints")):
+        match = re.fullmatch(r"step-\d+-(\d+)-[0-9a-f]+", name)
+        if match and name not in names and int(match[1]) < attempt.number:
+            run.root.delete_tree(run.path("checkpoints", name))
 
 
 def fetch_checkpoint(run: Run) -> tuple[Loaded | None, list[str]]:
@@ -129,6 +152,9 @@ def fetch_checkpoint(run: Run) -> tuple[Loaded | None, list[str]]:
     None if the run has none; if all are damaged that is a ``DamagedError``, because starting again
     from zero would silently throw the run away.
     """
+    for name in ("staging", "resume"):  # what a killed attempt left on this disk
+        shutil.rmtree(cache_folder() / name / run.id, ignore_errors=True)
+        require_writable(cache_folder() / name / run.id)
     warnings_: list[str] = []
     refs = run.checkpoints()
     for ref in refs:
@@ -140,6 +166,8 @@ def fetch_checkpoint(run: Run) -> tuple[Loaded | None, list[str]]:
             return Loaded(ref, folder, record["state"]), warnings_
         except (DamagedError, NotFoundError) as error:  # an outage is not damage: it ends the start
             shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(error, NotFoundError) and ref not in run.checkpoints():
+                return fetch_checkpoint(run)  # a living attempt dropped it for a newer one
             warnings_.append(f"The checkpoint of step {ref.step} is passed over: {error}")
     if refs:
         raise DamagedError(
@@ -151,8 +179,9 @@ def fetch_checkpoint(run: Run) -> tuple[Loaded | None, list[str]]:
 
 def _read_complete(run: Run, ref: CheckpointRef) -> dict[str, Any]:
     path = run.path(ref.folder, COMPLETE)
-    record = dict(run.root.read_json(path))
-    if record.pop("sha256", None) != sha256_bytes(canonical_json(record)):
+    record: dict[str, Any] = run.root.read_json(path)
+    said = record.pop("sha256", None) if isinstance(record, dict) else None
+    if said is None or said != sha256_bytes(canonical_json(record)):
         raise DamagedError(f"{path} in {run.root.url} differs from its own digest; it is damaged.")
     return record
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 
-from tessera.ledger.meter import Bill, Usage, bill
-from tessera.runs import Attempt, Run
+from tessera.ledger.meter import Usage, bill, total_usd
+from tessera.runs import Attempt, Run, list_runs
 from tessera.tracking.journal import last_record_time
 
 
@@ -15,7 +15,7 @@ def usage_of(run: Run, attempt: Attempt, ended_at: float | None) -> Usage:
     if ended_at is None:
         ended_at = last_record_time(run, attempt.id) or attempt.started_at
     return Usage(
-        attempt=attempt.id,
+        attempt=f"{run.id}/{attempt.id}",
         provider=attempt.provider,
         instance=attempt.instance,
         started_at=attempt.started_at,
@@ -27,22 +27,29 @@ def usage_of(run: Run, attempt: Attempt, ended_at: float | None) -> Usage:
 
 
 class RunningCost:
-    """The run's dollars now; None as soon as one attempt's price is unknown."""
+    """The run's dollars now; None as soon as one attempt's price is unknown.
+
+    Attempts of other runs on this instance are read once, at the start: what they own of the
+    instance's bill (a pretraining before this fine-tuning, say) is not this run's.
+    """
 
     def __init__(self, run: Run, attempt: Attempt) -> None:
-        endings = run.endings()
-        self._earlier = [
-            usage_of(run, other, endings[other.id].ended_at if other.id in endings else None)
-            for other in run.attempts()
-            if other.id != attempt.id
-        ]
+        here = (attempt.provider, attempt.instance)
+        self._earlier: list[Usage] = []
+        for other_run in list_runs(run.root):
+            endings = other_run.endings()
+            for other in other_run.attempts():
+                mine = other_run.id == run.id
+                if (mine and other.id == attempt.id) or not (
+                    mine or (other.provider, other.instance) == here
+                ):
+                    continue
+                ended = endings[other.id].ended_at if other.id in endings else None
+                self._earlier.append(usage_of(other_run, other, ended))
         self._run, self._attempt = run, attempt
-
-    def bills(self) -> dict[str, Bill]:
-        """Bills of all attempts of the run, this one up to now."""
-        return bill([*self._earlier, usage_of(self._run, self._attempt, time.time())])
 
     def usd(self) -> float | None:
         """Dollars of the run up to now."""
-        amounts = [item.usd for item in self.bills().values()]
-        return None if any(a is None for a in amounts) else sum(a for a in amounts if a is not None)
+        bills = bill([*self._earlier, usage_of(self._run, self._attempt, time.time())])
+        mine = [item for name, item in bills.items() if name.startswith(f"{self._run.id}/")]
+        return total_usd(mine)

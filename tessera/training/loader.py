@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tessera.corpus.manifest import Manifest, ShardEntry
 from tessera.corpus.shards import Shard, open_shard
-from tessera.errors import DamagedError, InputError
+from tessera.errors import DamagedError, InputError, NotFoundError
 from tessera.storage import Root, cache_folder, sha256_file
 from tessera.training.order import SampleOrder
 
@@ -39,6 +39,26 @@ class ShardStore:
             )
         return self._manifest.splits[name].shards
 
+    def check_sizes(self, entries: Sequence[ShardEntry]) -> None:
+        """Raise ``DamagedError`` for the first shard that is missing or cut off.
+
+        Cheap on every store, and before anything is paid for; digests are checked on opening.
+        """
+        for entry in entries:
+            try:
+                size = self._root.size(entry.path)
+            except NotFoundError:
+                size = None
+            if size != entry.bytes:
+                raise self._damaged(entry)
+
+    def _damaged(self, entry: ShardEntry) -> DamagedError:
+        return DamagedError(
+            f"The shard {entry.path} in {self._root.url} is missing or differs from the "
+            f"manifest; see `tessera corpus verify {self._manifest.path}`, then build or copy it "
+            "again."
+        )
+
     def _open(self, entry: ShardEntry) -> Shard:
         path = self._root.local_path(entry.path)
         if path is None:
@@ -46,10 +66,7 @@ class ShardStore:
             if not _intact(path, entry):
                 self._root.get_file(entry.path, path, sha256=entry.sha256)
         elif not _intact(path, entry):
-            raise DamagedError(
-                f"The shard {entry.path} in {self._root.url} is missing or differs from the "
-                "manifest's digest; see `tessera corpus verify`, then build or copy it again."
-            )
+            raise self._damaged(entry)
         return open_shard(path)
 
 
@@ -62,6 +79,7 @@ class SampleLoader:
 
     def __init__(self, store: ShardStore, sequence: int, seed: int, fingerprint: str) -> None:
         self._store, self._entries = store, store.split("train")
+        store.check_sizes(self._entries)
         self._sequence = sequence
         counts = [max(0, entry.tokens - 1) // sequence for entry in self._entries]
         if not sum(counts):

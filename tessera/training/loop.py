@@ -104,6 +104,7 @@ class Loop:
             self._interval.loss += state["interval"]["loss"]
             self._interval.steps = int(state["interval"]["steps"])
         self._grad_norm: Tensor | None = None
+        self._began, self._began_at = time.monotonic(), done
 
     def run(self) -> int:
         """Train until the last step or a stop request; everything due is published on the way."""
@@ -121,6 +122,7 @@ class Loop:
                         self._step(batch)
                         self._settle()
                     self._interval.restart_clock()
+                    self._began, self._began_at = time.monotonic(), self.done
                 else:
                     self._step(batch)
                 first = False
@@ -219,7 +221,8 @@ class Loop:
         journal.metric("train/mfu", mfu, step)
         ahead = forecast(
             steps_left=self._program.steps - step,
-            seconds_per_step=elapsed / interval.timed_steps,
+            # Wall time: evaluations and checkpoints to come cost as much as those so far.
+            seconds_per_step=(time.monotonic() - self._began) / (step - self._began_at),
             usd_so_far=usd,
             usd_per_hour=self._s.attempt.usd_per_hour,
         )

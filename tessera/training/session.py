@@ -25,7 +25,8 @@ from tessera.corpus.manifest import resolve
 from tessera.errors import DivergedError, InputError, SupersededError, TesseraError
 from tessera.evaluation.weights import best_device, load_base
 from tessera.experiment import Experiment, Pretrain, Sft
-from tessera.model.peak import peak_flops
+from tessera.model.peak import Peak, peak_flops
+from tessera.model.shape import FLOPS_FORMULA
 from tessera.runs import (
     DIVERGED,
     FAILED,
@@ -95,6 +96,7 @@ def train(
             peak = peak_flops(program.device, program.compute_dtype)
             journal.event("attempt/started", done, device=attempt.device, peak=peak.source)
             line.say(_opening(attempt, program, created, done))
+            line.say(_formula(program, peak))
             for note in notes:
                 line.say(note)
                 journal.event("checkpoint/damaged", done, reason=note)
@@ -104,7 +106,8 @@ def train(
             state = loaded.state if loaded else None
             loop = Loop(session, program, optimizer, done=done, state=state)
             loop.run()
-            outcome = _ending(loop, program, stop)
+            again = f"`--run-id {run.id}`" if new or run_id else "the same command"
+            outcome = _ending(loop, program, stop, again)
             if outcome.outcome == FINISHED:
                 journal.event("run/finished", loop.done)
         except torch.OutOfMemoryError as error:
@@ -126,11 +129,11 @@ def train(
     return Result(run, outcome.exit_code, outcome.reason)
 
 
-def _ending(loop: Loop, program: Program, stop: StopRequest) -> Ending:
+def _ending(loop: Loop, program: Program, stop: StopRequest, again: str) -> Ending:
     if loop.done < program.steps:
         text = (
-            f"Stopped by {stop.signal} at step {loop.done} of {program.steps}; the same command "
-            f"continues at step {loop.saved_at}."
+            f"Stopped by {stop.signal} at step {loop.done} of {program.steps}; {again} continues "
+            f"at step {loop.saved_at}."
         )
         return Ending(PREEMPTED, RETRY, 0.0, loop.done, text)
     return Ending(FINISHED, 0, 0.0, loop.done, f"Finished all {program.steps} steps.")
@@ -157,8 +160,17 @@ def _opening(attempt: Attempt, program: Program, created: bool, done: int) -> st
     price = "no price known"
     if attempt.usd_per_hour is not None:
         price = f"${attempt.usd_per_hour:g}/h ({attempt.price_source})"
+        if attempt.price_source == "experiment":
+            price += ", a guess: set TESSERA_USD_PER_HOUR to what you pay"
     count = sum(p.numel() for p in program.trainable.values())
     return f"{what}; {count:,} trainable parameters on {attempt.device}; {price}"
+
+
+def _formula(program: Program, peak: Peak) -> str:
+    return (
+        f"MFU = {program.flops_per_token:.4g} FLOPs a token x tokens/s / {peak.flops:.3g} FLOP/s "
+        f"({peak.source}); FLOPs a token = {FLOPS_FORMULA}"
+    )
 
 
 # -- preparing -------------------------------------------------------------------------------------
@@ -170,6 +182,9 @@ def _prepare(
     """The run and its program; raises before anything is recorded if they do not fit."""
     device = best_device()
     dtype = compute_dtype(experiment.precision, device)
+    # The run's identity holds what `auto` came to: half a run in bf16 and half in float32 is none.
+    resolved = "bf16" if dtype == torch.bfloat16 else "float32"
+    experiment = experiment.model_copy(update={"precision": resolved})
     commit = code_commit()
     program: Program
     if isinstance(experiment, Pretrain):
@@ -209,9 +224,10 @@ def _sft_fingerprint(experiment: Sft, tokenizer_sha256: str) -> str:
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of activations: ``auto`` is bf16 on a GPU and float32 on a CPU."""
+    """The dtype of activations: ``auto`` is bf16 on a GPU that has it, else float32."""
     if precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if fast else torch.float32
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise InputError(
             f"precision is bf16, but {torch.cuda.get_device_name(device)} has no bf16; use float32 "
