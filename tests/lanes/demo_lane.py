@@ -63,7 +63,7 @@ def surviving(root: Path, run_id: str, key: str) -> list[tuple[int, float]]:
     for path in (root / "runs" / run_id / "attempts").glob("*.json"):
         if not path.name.endswith(".end.json"):
             attempts[path.stem] = json.loads(path.read_text())
-    upto = {name: math.inf for name in attempts}
+    upto = dict.fromkeys(attempts, math.inf)
     for attempt in attempts.values():
         if resumed := attempt["resumed_from"]:
             upto[resumed["attempt"]] = resumed["step"]
