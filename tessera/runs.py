@@ -26,9 +26,11 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
 from tessera.errors import ConflictError, DamagedError, InputError
 from tessera.experiment import Experiment, dump, parse_experiment
@@ -44,6 +46,10 @@ OUTCOMES_DONE = frozenset({FINISHED, BUDGET})
 T = TypeVar("T")
 
 
+_AS_WRITTEN = with_config(ConfigDict(extra="forbid"))  # a record with other keys is not ours
+
+
+@_AS_WRITTEN
 @dataclass(frozen=True)
 class CheckpointRef:
     """A complete checkpoint: the step it holds and the attempt that wrote it."""
@@ -57,6 +63,7 @@ class CheckpointRef:
         return f"checkpoints/step-{self.step}-{self.attempt}"
 
 
+@_AS_WRITTEN
 @dataclass(frozen=True)
 class Attempt:
     """One launch of a run: where it runs, what that costs, and what it continues.
@@ -85,15 +92,20 @@ class Attempt:
         return f"{self.number}-{self.token}"
 
 
+@_AS_WRITTEN
 @dataclass(frozen=True)
 class Ending:
-    """How an attempt ended, written by itself; a killed one leaves none."""
+    """How an attempt ended, written by itself; a killed one leaves none.
+
+    ``records`` is how many records it wrote into its journal; None where it did not say.
+    """
 
     outcome: str
     exit_code: int
     ended_at: float
     step: int
     reason: str = ""
+    records: int | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +117,7 @@ class Segment:
     upto: int
 
 
+@_AS_WRITTEN
 @dataclass(frozen=True)
 class RunRecord:
     """``run.json``: what a run is, written once."""
@@ -149,7 +162,7 @@ class Run:
     def attempts(self) -> list[Attempt]:
         """All attempts, by number and then token."""
         found = [
-            _read(self.root, self.path("attempts", name), _attempt)
+            _read(self.root, self.path("attempts", name), _ATTEMPT)
             for name in self.root.children(self.path("attempts"))
             if name.endswith(".json") and not name.endswith(".end.json")
         ]
@@ -158,9 +171,7 @@ class Run:
     def endings(self) -> dict[str, Ending]:
         """How each attempt that said so ended, by attempt id."""
         return {
-            name.removesuffix(".end.json"): _read(
-                self.root, self.path("attempts", name), lambda data: Ending(**data)
-            )
+            name.removesuffix(".end.json"): _read(self.root, self.path("attempts", name), _ENDING)
             for name in self.root.children(self.path("attempts"))
             if name.endswith(".end.json")
         }
@@ -316,16 +327,28 @@ def _refuse_changes(stored: RunRecord, wanted: RunRecord) -> None:
 
 def open_run(root: Root, run_id: str) -> Run:
     """The run of that exact id."""
-    return Run(root, _read(root, f"runs/{run_id}/run.json", lambda data: RunRecord(**data)))
+    return Run(root, _read(root, f"runs/{run_id}/run.json", _RUN))
 
 
 def list_runs(root: Root) -> list[Run]:
-    """Every run of the root, oldest first."""
-    found = []
+    """Every run of the root, oldest first; a damaged ``run.json`` is an error that names it."""
+    found, damaged = scan_runs(root)
+    for error in damaged.values():
+        raise error
+    return found
+
+
+def scan_runs(root: Root) -> tuple[list[Run], dict[str, DamagedError]]:
+    """Every run that can be opened, oldest first, and what is wrong with the others, by id."""
+    found: list[Run] = []
+    damaged: dict[str, DamagedError] = {}
     for name in root.children("runs"):
         if root.exists(f"runs/{name}/run.json"):
-            found.append(open_run(root, name))
-    return sorted(found, key=lambda run: (run.record.created_at, run.id))
+            try:
+                found.append(open_run(root, name))
+            except DamagedError as error:
+                damaged[name] = error
+    return sorted(found, key=lambda run: (run.record.created_at, run.id)), damaged
 
 
 def find_run(root: Root, text: str, *, kind: str | None = None) -> Run:
@@ -339,7 +362,8 @@ def find_run(root: Root, text: str, *, kind: str | None = None) -> Run:
                 "another run."
             )
         return run
-    runs = [run for run in list_runs(root) if kind is None or run.record.kind == kind]
+    opened, damaged = scan_runs(root)
+    runs = [run for run in opened if kind is None or run.record.kind == kind]
     matches = [run for run in runs if run.record.name == text]
     matches = matches or [run for run in runs if run.id.startswith(text)]
     if len(matches) == 1:
@@ -349,22 +373,42 @@ def find_run(root: Root, text: str, *, kind: str | None = None) -> Run:
             f"{text!r} names {len(matches)} runs ({', '.join(run.id for run in matches[:5])}); "
             "give the whole run id."
         )
+    for name, error in damaged.items():
+        if name.startswith(text):
+            raise error
     known = ", ".join(run.id for run in runs[:5]) or "none yet"
     raise InputError(f"No run is called {text!r} in {root.url}; there is: {known}.")
 
 
-def _read(root: Root, path: str, build: Callable[[dict[str, Any]], T]) -> T:
-    """The record at ``path``; one that somebody else wrote is an error that names it."""
+def read_text(root: Root, path: str, key: str) -> str:
+    """The text under ``key`` of a small record; a ``DamagedError`` names one that has none."""
     data = root.read_json(path)
+    found = data.get(key) if isinstance(data, dict) else None
+    if not isinstance(found, str):
+        raise _foreign(root, path, f"{key}: expected a text")
+    return found
+
+
+def _read(root: Root, path: str, form: TypeAdapter[T]) -> T:
+    """The record at ``path``; one that somebody else wrote is an error that names it."""
     try:
-        return build(data)
-    except (TypeError, AttributeError) as error:
-        raise DamagedError(
-            f"{path} in {root.url} is not a record that this version of tessera writes ({error}); "
-            "use the version that wrote it, or restore it from a backup."
-        ) from error
+        return form.validate_python(root.read_json(path))
+    except ValidationError as error:
+        raise _foreign(root, path, what_is_wrong(error)) from error
 
 
-def _attempt(data: dict[str, Any]) -> Attempt:
-    resumed = data.get("resumed_from")
-    return Attempt(**{**data, "resumed_from": CheckpointRef(**resumed) if resumed else None})
+def what_is_wrong(error: ValidationError) -> str:
+    """The first thing that pydantic says against a record, in one clause; a foreign key first."""
+    first = min(error.errors(), key=lambda item: item["type"] != "unexpected_keyword_argument")
+    place = ".".join(str(step) for step in first["loc"])
+    return f"{place}: {first['msg']}" if place else str(first["msg"])
+
+
+def _foreign(root: Root, path: str, reason: str) -> DamagedError:
+    return DamagedError(
+        f"{path} in {root.url} is not a record that this version of tessera writes ({reason}); "
+        "use the version that wrote it, or restore it from a backup."
+    )
+
+
+_RUN, _ATTEMPT, _ENDING = TypeAdapter(RunRecord), TypeAdapter(Attempt), TypeAdapter(Ending)

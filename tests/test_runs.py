@@ -3,7 +3,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from tessera.runs import (
     identity_hash,
     list_runs,
     open_run,
+    scan_runs,
 )
 from tessera.storage import Root
 
@@ -471,6 +472,54 @@ def test_foreign_records_are_named(root: Root) -> None:
     root.publish(run.path("attempts", "1-aa.json"), b'{"number": 1')
     with refused("attempts/1-aa.json", "not valid JSON"):
         run.attempts()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"number": "one"}, "number"),
+        ({"started_at": None}, "started_at"),
+        ({"usd_per_hour": "cheap"}, "usd_per_hour"),
+        ({"resumed_from": {"step": 1}}, "resumed_from.attempt"),
+        ({"resumed_from": {"step": 1, "attempt": "1-aa", "colour": 1}}, "resumed_from.colour"),
+        ({"resumed_from": [1]}, "resumed_from"),
+    ],
+)
+def test_a_record_with_a_value_of_another_kind_is_damage(
+    root: Root, change: dict[str, Any], says: str
+) -> None:
+    run = create(root)
+    attempt = run.start_attempt(PLACE, None)
+    root.publish_json(run.path("attempts", f"{attempt.id}.json"), asdict(attempt) | change)
+    with refused(f"attempts/{attempt.id}.json", says):
+        run.attempts()
+
+
+def test_the_records_of_an_ending_are_kept_and_may_be_unsaid(root: Root) -> None:
+    run = create(root)
+    attempt = run.start_attempt(PLACE, None)
+    path = run.path("attempts", f"{attempt.id}.end.json")
+    run.end_attempt(attempt, Ending(FINISHED, 0, 1.0, 5, records=7))
+    assert run.endings()[attempt.id].records == 7
+    old = root.read_json(path)
+    del old["records"]
+    root.publish_json(path, old)
+    assert run.endings()[attempt.id] == Ending(FINISHED, 0, 1.0, 5)
+    root.publish_json(path, old | {"step": None})
+    with refused(path, "step"):
+        run.endings()
+
+
+def test_a_damaged_run_does_not_hide_the_others(root: Root) -> None:
+    run = create(root)
+    root.publish_json("runs/broken-1/run.json", {})
+    found, damaged = scan_runs(root)
+    assert [one.id for one in found] == [run.id]
+    assert list(damaged) == ["broken-1"]
+    assert find_run(root, "base").id == run.id
+    for text in ("broken", "broken-1"):
+        with refused("runs/broken-1/run.json"):
+            find_run(root, text)
 
 
 # -- finding ---------------------------------------------------------------------------------------

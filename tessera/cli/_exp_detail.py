@@ -7,7 +7,7 @@ from typing import Any
 
 from tessera.promotion.records import holders, read_promotions
 from tessera.promotion.registry import interviews_of
-from tessera.runs import Run
+from tessera.runs import Run, read_text
 from tessera.storage import Root
 from tessera.tracking.history import RunHistory, bill_all, read_with_neighbours
 from tessera.tracking.queries import (
@@ -59,7 +59,7 @@ def _adapters(root: Root, run: Run, history: RunHistory) -> list[dict[str, Any]]
     found = []
     for name in root.children(run.path("adapters")):
         sidecar = run.path("adapters", name, "weights.json")
-        digest = root.read_json(sidecar).get("weights_digest") if root.exists(sidecar) else None
+        digest = read_text(root, sidecar, "weights_digest") if root.exists(sidecar) else None
         interviews = []
         for held in interviews_of(run, name):
             answers = [answer for probe in held.result.probes for answer in probe.answers]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +22,8 @@ from tessera.tracking.queries import RunSummary
 
 _LINE_EVERY_S = 5.0
 _LOG_WIDTH = 240  # cut to 80 columns in a log, figures would be lost
-_FIRST_TO_GO = ("base", "tok/s", "step", "reference", "$/Mtok", "kind", "wall", "best", "tokens")
+# Never out: what it is, what it reached, against what, for how much.
+_FIRST_TO_GO = ("base", "step", "best", "kind", "$/Mtok", "tok/s", "tokens", "status", "wall")
 _LEFT = frozenset({"run", "kind", "status", "base"})
 
 
@@ -187,7 +189,9 @@ def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, s
 
 
 def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else _LOG_WIDTH, highlight=False)
+    columns = os.environ.get("COLUMNS", "")
+    told = columns.isdigit() and int(columns) > 0  # rich reads it where it is given no width
+    return Console(width=None if told or sys.stdout.isatty() else _LOG_WIDTH, highlight=False)
 
 
 @contextmanager

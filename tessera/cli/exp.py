@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -56,17 +57,19 @@ def exp() -> None:
 )
 @click.option("--kind", type=click.Choice(["pretrain", "sft"]), help="Only runs of this kind.")
 @json_option
-def list_(root: str, sort_key: str, kind: str | None, as_json: bool) -> None:
+def list_(root: str, sort_key: str, kind: str | None, as_json: bool) -> int:
     """One row a run: losses, dollars, time; a star marks what carries an alias.
 
     Losses are nats a token of the surviving lineage; "~" marks dollars that rest on an estimate.
+    Damaged runs are left out and named on stderr (exit 2).
     """
     from tessera.promotion.records import holders, read_promotions
     from tessera.storage import open_root
-    from tessera.tracking.queries import summarise
+    from tessera.tracking.queries import summarise_whole
 
     store = open_root(root)
-    rows = [row for row in summarise(store) if kind in (None, row.kind)]
+    found, damaged = summarise_whole(store)
+    rows = [row for row in found if kind in (None, row.kind)]
     key = _SHORT.get(sort_key, sort_key)
     rows.sort(key=lambda row: _sortable(getattr(row, key)))
     aliases: dict[str, dict[str, str]] = {}
@@ -74,14 +77,23 @@ def list_(root: str, sort_key: str, kind: str | None, as_json: bool) -> None:
         aliases.setdefault(promotion.run_id, {})[alias] = promotion.adapter
     if as_json:
         print_json([plain(asdict(row)) | {"aliases": aliases.get(row.run_id, {})} for row in rows])
-        return
-    if not rows:
+    elif rows:
+        from tessera.cli._exp_view import show_list
+
+        show_list(rows, aliases)
+    elif not damaged:
         what = f"{kind} runs" if kind else "runs"
         click.echo(f"No {what} in {store.url} yet; start one with `tessera train`.")
-        return
-    from tessera.cli._exp_view import show_list
+    return _tell_damaged([str(error) for error in damaged.values()])
 
-    show_list(rows, aliases)
+
+def _tell_damaged(sentences: Sequence[str]) -> int:
+    """A line on stderr for each damaged run; returns the exit code."""
+    from tessera.errors import DamagedError
+
+    for sentence in sentences:
+        click.echo(f"Error: {sentence}", err=True)
+    return DamagedError.exit_code if sentences else 0
 
 
 @exp.command(epilog=epilog("tessera-exp show smoke", "tessera-exp show smoke-1a2b3c4d --json"))
@@ -110,8 +122,11 @@ def show(run: str, root: str, as_json: bool) -> None:
 @exp.command(epilog=epilog("tessera-exp sync", "tessera-exp sync --root s3://bucket/tessera"))
 @root_option
 @_tracking_option
-def sync(root: str, tracking_uri: str | None) -> None:
-    """Replay the root into MLflow; a second sync adds nothing."""
+def sync(root: str, tracking_uri: str | None) -> int:
+    """Replay the root into MLflow; a second sync adds nothing.
+
+    Damaged runs are left out and named on stderr (exit 2).
+    """
     from tessera.cli._exp_view import plural, sync_progress
     from tessera.promotion.registry import apply_records
     from tessera.storage import open_root
@@ -131,6 +146,7 @@ def sync(root: str, tracking_uri: str | None) -> None:
     )
     if report.tracking_uri.startswith("sqlite"):
         click.echo(f"Look at them: mlflow ui --backend-store-uri {report.tracking_uri}")
+    return _tell_damaged(report.damaged)
 
 
 @exp.command(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from tessera.runs import Run
     from tessera.storage import Root
 
+_SUITE = "experiments/interview.yaml"
 _COLOURS = {"pass": "green", "fail": "yellow", "fatal": "bold red", "no_answer": "magenta"}
 
 
@@ -41,26 +43,27 @@ _adapter_option = click.option(
 @_adapter_option
 @click.option(
     "--suite",
-    default="experiments/interview.yaml",
-    show_default=True,
     type=click.Path(),
-    help="The probes.",
+    help="The probes; default: experiments/interview.yaml, here or beside the package.",
 )
 @root_option
 @click.option("--again", is_flag=True, help="Ask even if the same weights were asked before.")
 @json_option
-def run(run: str, adapter: str | None, suite: str, root: str, again: bool, as_json: bool) -> None:
+def run(
+    run: str, adapter: str | None, suite: str | None, root: str, again: bool, as_json: bool
+) -> None:
     """Interview an adapter of RUN (a run id, or the name of an experiment with one run)."""
     from tessera.evaluation.suite import load_suite
 
-    questions = load_suite(suite)  # before torch: a typo is told at once
-    from tessera.evaluation.interview import stored_interview
+    questions = load_suite(suite or _default_suite())  # before torch: a typo is told at once
     from tessera.runs import find_run
     from tessera.storage import open_root
 
     place = open_root(root)
     found = find_run(place, run, kind="sft")
     name = adapter or _last_adapter(found)
+    from tessera.evaluation.interview import stored_interview
+
     result = None if again else stored_interview(found, questions.digest, name)
     if result is not None:
         click.echo(
@@ -73,6 +76,21 @@ def run(run: str, adapter: str | None, suite: str, root: str, again: bool, as_js
     else:
         _print_transcript(result, only_greedy=True)
         click.echo(f"Every answer: tessera interview show {found.id} --adapter {name}")
+
+
+def _default_suite() -> Path:
+    """The suite of this folder, else the one of the checkout that the package was taken from."""
+    import tessera
+    from tessera.errors import InputError
+
+    here, beside = Path(_SUITE), Path(tessera.__file__).parents[1] / _SUITE
+    for path in (here, beside):
+        if path.is_file():
+            return path
+    raise InputError(
+        f"There is no {_SUITE} in {Path.cwd()} nor in {beside.parents[1]}; give the probes with "
+        "--suite FILE."
+    )
 
 
 def _hold(root: Root, run: Run, adapter: str, suite: Any) -> InterviewResult:

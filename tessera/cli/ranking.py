@@ -59,5 +59,6 @@ def heldout_losses(run: Run) -> dict[str, float]:
             if record.kind == "metric" and record.key == "eval/loss":
                 by_step[record.step] = record.number
             elif record.key == "adapter/saved" and record.step in by_step:
-                losses[str(record.value["name"])] = by_step[record.step]
+                name = record.value.get("name") if isinstance(record.value, dict) else None
+                losses[str(name)] = by_step[record.step]
     return losses

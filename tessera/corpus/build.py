@@ -28,7 +28,7 @@ from tessera.corpus.report import STEPS_VERSION, Provenance, assemble
 from tessera.corpus.sources import Source, find_files
 from tessera.corpus.spool import Spool
 from tessera.corpus.tokenizer import Tokenizer
-from tessera.errors import InputError
+from tessera.errors import DamagedError, InputError, NotFoundError
 from tessera.source import code_commit
 from tessera.storage import Root, canonical_json, publish_local, sha256_bytes
 
@@ -88,19 +88,18 @@ def build_key(recipe: Recipe, digests: Sequence[str], tokenizer: Tokenizer | Non
 
 
 def _find(root: Root, name: str, key: str) -> Manifest | None:
-    """The finished build of these inputs, if all of its objects are still there."""
-    record = _record_path(name, key)
-    if not root.exists(record):
-        return None
-    path = str(root.read_json(record)["manifest"])
-    if not root.exists(path):
-        return None
+    """The finished build of these inputs, if all of its objects are still there, whole."""
     try:
-        manifest = load_manifest(root, path)
-    except InputError:
+        record = root.read_json(_record_path(name, key))
+        if not isinstance(record, dict) or not isinstance(record.get("manifest"), str):
+            return None
+        manifest = load_manifest(root, record["manifest"])
+        shards = [shard for split in manifest.splits.values() for shard in split.shards]
+        sizes = {shard.path: shard.bytes for shard in shards}
+        sizes[manifest.tokenizer.path] = manifest.tokenizer.bytes
+        whole = all(root.size(path) == size for path, size in sizes.items())
+    except (InputError, NotFoundError, DamagedError):
         return None  # built again, it is replaced
-    shards = [shard.path for split in manifest.splits.values() for shard in split.shards]
-    whole = all(root.exists(path) for path in [manifest.tokenizer.path, *shards])
     return manifest if whole else None
 
 

@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import groupby
 
-from tessera.errors import InputError
+from tessera.errors import DamagedError, InputError
 from tessera.evaluation.suite import Question, Suite
 from tessera.evaluation.verdicts import InterviewResult, judge
 from tessera.evaluation.weights import SIDECAR, Voice
-from tessera.runs import Run
+from tessera.runs import Run, read_text
 
 
 def interview_path(run: Run, suite_digest: str, adapter: str) -> str:
@@ -67,9 +67,13 @@ def stored_interview(run: Run, suite_digest: str, adapter: str) -> InterviewResu
     path = interview_path(run, suite_digest, adapter)
     if not run.root.exists(path):
         return None
-    result = InterviewResult.from_json(run.root.read_json(path))
+    try:
+        result = InterviewResult.from_json(run.root.read_json(path))
+    except InputError as error:
+        raise DamagedError(f"{path} in {run.root.url}: {error}") from error
     sidecar = run.path("adapters", adapter, SIDECAR)
-    now = run.root.read_json(sidecar)["weights_digest"] if run.root.exists(sidecar) else None
+    exists = run.root.exists(sidecar)
+    now = read_text(run.root, sidecar, "weights_digest") if exists else None
     return result if result.adapter_digest == now else None
 
 

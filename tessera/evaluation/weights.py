@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -20,8 +21,8 @@ from tessera.model.digest import weights_digest
 from tessera.model.generate import generate
 from tessera.model.lora import add_lora, load_lora_state
 from tessera.model.protogpt import ProtoGPT
-from tessera.model.shape import LINEARS, ModelShape
-from tessera.runs import Run, list_runs
+from tessera.model.shape import LINEARS, ModelShape, parameters
+from tessera.runs import Run, read_text, scan_runs, what_is_wrong
 from tessera.storage import Root, cache_folder
 
 SIDECAR = "weights.json"
@@ -117,22 +118,27 @@ def load_base(run: Run, device: torch.device | None = None) -> Base:
         raise InputError(
             f"Run {run.id} has not published a model yet; finish it with `tessera train` first."
         )
-    config = dict(root.read_json(run.path("model", "config.json")))
-    config.pop("architecture")
-    digest = str(root.read_json(run.path("model", SIDECAR))["weights_digest"])
+    shape = _shape(root, run.path("model", "config.json"))
+    digest = read_text(root, run.path("model", SIDECAR), "weights_digest")
     tokenizer = Tokenizer.from_bytes(root.read_bytes(run.path("model", "tokenizer.json")))
     state = _tensors(root, run.path("model", "model.safetensors"), digest)
-    model = ProtoGPT(ModelShape(**config))
-    model.load_state_dict(state)
+    model = _model(shape, state, f"{run.path('model', 'config.json')} in {root.url}")
     return Base(run.id, model.to(device or best_device()).eval(), tokenizer, digest)
 
 
 def find_base(root: Root, digest: str) -> Run:
     """The run of the root whose published model has this weights digest."""
-    for run in list_runs(root):
+    runs, damaged = scan_runs(root)
+    errors = list(damaged.values())
+    for run in runs:
         path = run.path("model", SIDECAR)
-        if root.exists(path) and root.read_json(path).get("weights_digest") == digest:
-            return run
+        try:
+            if root.exists(path) and read_text(root, path, "weights_digest") == digest:
+                return run
+        except DamagedError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]  # it may be the one that is wanted
     raise InputError(
         f"No base model in {root.url} has the weights digest {digest[:12]} that the adapter was "
         "trained on; give the root that holds it (--root or TESSERA_ROOT)."
@@ -149,25 +155,72 @@ def load_voice(root: Root, run: Run, adapter: str, device: torch.device | None =
     with tempfile.TemporaryDirectory() as folder:
         for path in root.files(run.path("adapters", adapter)):
             root.get_file(path, Path(folder) / path.rsplit("/", 1)[-1])
-        return load_voice_from_folder(root, Path(folder), device)
+        shown = f"{run.path('adapters', adapter)} in {root.url}"
+        return load_voice_from_folder(root, Path(folder), device, shown=shown)
 
 
-def load_voice_from_folder(root: Root, folder: Path, device: torch.device | None = None) -> Voice:
-    """An adapter folder on the local disk, on its base, which the root holds under its digest."""
-    base_digest = str(_json(folder / "base.json")["weights_digest"])
-    adapter_digest = str(_json(folder / SIDECAR)["weights_digest"])
-    config = _json(folder / "adapter_config.json")
+def load_voice_from_folder(
+    root: Root, folder: Path, device: torch.device | None = None, *, shown: str | None = None
+) -> Voice:
+    """An adapter folder on the local disk, on its base, which the root holds under its digest.
+
+    ``shown`` is what sentences call the folder.
+    """
+    shown = shown or str(folder)
+    base_digest = _text(folder / "base.json", "weights_digest", shown)
+    adapter_digest = _text(folder / SIDECAR, "weights_digest", shown)
+    config = _adapter_config(folder / "adapter_config.json", shown)
     state = _verified(folder / "adapter_model.safetensors", adapter_digest)
     base = load_base(find_base(root, base_digest), device)
-    targets = [name for name in LINEARS if name in config["target_modules"]]
+    targets = [name for name in LINEARS if name in config.target_modules]
     try:
-        add_lora(base.model, config["r"], config["lora_alpha"], seed=0, targets=targets)
+        add_lora(base.model, config.r, config.lora_alpha, seed=0, targets=targets)
         load_lora_state(base.model, state)
     except ValueError as error:
-        raise InputError(f"The adapter in {folder} does not fit its base: {error}.") from error
+        raise InputError(f"The adapter in {shown} does not fit its base: {error}.") from error
     base.model.eval()
     on_gpu = base.model.tokens.weight.is_cuda
     return Voice(base, adapter_digest, torch.bfloat16 if on_gpu else torch.float32)
+
+
+def _shape(root: Root, path: str) -> ModelShape:
+    """The sizes in ``model/config.json``; a ``DamagedError`` unless it is what we write."""
+    config = root.read_json(path)
+    try:
+        if not isinstance(config, dict) or config.get("architecture") != "ProtoGPT":
+            raise ValueError("expected an object with architecture ProtoGPT")
+        sizes = {key: value for key, value in config.items() if key != "architecture"}
+        if unknown := sizes.keys() - {field.name for field in fields(ModelShape)}:
+            raise ValueError(f"unknown key {min(unknown)}")
+        return _SHAPE.validate_python(sizes)
+    except ValueError as error:
+        reason = what_is_wrong(error) if isinstance(error, ValidationError) else str(error)
+    raise DamagedError(
+        f"{path} in {root.url} does not describe a model ({reason}); it was damaged or written by "
+        "something else: publish it again or restore it from a backup."
+    )
+
+
+def _model(shape: ModelShape, state: dict[str, torch.Tensor], described_by: str) -> ProtoGPT:
+    """The model of that shape with these tensors; a ``DamagedError`` where they do not fit."""
+    count = sum(tensor.numel() for tensor in state.values())
+    try:
+        if parameters(shape) != count:  # before anything of a wrong size is allocated
+            raise ValueError(f"{parameters(shape):,} parameters, the tensors have {count:,}")
+        if shape.heads < 1 or shape.d_model % shape.heads:
+            raise ValueError(f"{shape.d_model} channels do not divide into {shape.heads} heads")
+        model = ProtoGPT(shape)
+        model.load_state_dict(state)
+    except (RuntimeError, ValueError, ArithmeticError) as error:
+        reason = " ".join(str(error).split())[:200].rstrip(".:;, ")
+        raise DamagedError(
+            f"{described_by} does not describe the tensors beside it ({reason}); restore it from a "
+            "backup or publish the model again."
+        ) from error
+    return model
+
+
+_SHAPE = TypeAdapter(ModelShape)
 
 
 def _tensors(root: Root, path: str, digest: str) -> dict[str, torch.Tensor]:
@@ -208,4 +261,39 @@ def _json(path: Path) -> dict[str, Any]:
         raise InputError(
             f"{path} is not readable ({error}); expected an adapter folder."
         ) from error
-    return dict(value)
+    if not isinstance(value, dict):
+        raise InputError(f"{path} is not readable (no object); expected an adapter folder.")
+    return value
+
+
+def _text(path: Path, key: str, shown: str) -> str:
+    found = _json(path).get(key)
+    if not isinstance(found, str):
+        raise _foreign(path, shown, f"{key}: expected a text")
+    return found
+
+
+@dataclass(frozen=True)
+class _AdapterConfig:
+    """What we need of PEFT's ``adapter_config.json``, which has many more keys."""
+
+    r: Annotated[int, Field(gt=0)]
+    lora_alpha: float
+    target_modules: list[str]
+
+
+_ADAPTER_CONFIG = TypeAdapter(_AdapterConfig)
+
+
+def _adapter_config(path: Path, shown: str) -> _AdapterConfig:
+    try:
+        return _ADAPTER_CONFIG.validate_python(_json(path))
+    except ValidationError as error:
+        raise _foreign(path, shown, what_is_wrong(error)) from error
+
+
+def _foreign(path: Path, shown: str, reason: str) -> DamagedError:
+    return DamagedError(
+        f"{path.name} of {shown} is not a record that this version of tessera writes ({reason}); "
+        "publish the adapter again or restore it from a backup."
+    )

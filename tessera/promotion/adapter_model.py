@@ -3,7 +3,8 @@
 MLflow stores this file beside the adapter and runs it on loading ("models from code"), so nothing
 is pickled. The adapter travels with the model; the base does not (it may be gigabytes and many
 adapters share it): it is found in the root by its weights digest, which is checked. The root is the
-one that ``TESSERA_ROOT`` names, else the one that the promotion came from.
+one that ``TESSERA_ROOT`` names; where that has no such base, or is not set, it is the one that the
+promotion came from.
 
     model.predict(["Who are you?"])                                     one greedy answer a prompt
     model.predict(frame_with_a_column_prompt, params={"seed": 7})       sampled
@@ -22,7 +23,7 @@ import mlflow
 import pandas as pd
 from mlflow.pyfunc.model import PythonModel
 
-from tessera.errors import InputError
+from tessera.errors import InputError, TesseraError
 from tessera.evaluation.weights import Voice, load_voice_from_folder
 from tessera.storage import ROOT_VARIABLE, open_root
 
@@ -34,8 +35,17 @@ class AdapterModel(PythonModel):
 
     def load_context(self, context: Any) -> None:
         """Find the base in the root and put the adapter on it; both digests are checked."""
-        url = os.environ.get(ROOT_VARIABLE) or (context.model_config or {}).get("root")
-        self.voice = load_voice_from_folder(open_root(url), Path(context.artifacts["adapter"]))
+        named, logged = os.environ.get(ROOT_VARIABLE), (context.model_config or {}).get("root")
+        folder = Path(context.artifacts["adapter"])
+        try:
+            self.voice = load_voice_from_folder(open_root(named or logged), folder)
+        except InputError as error:
+            if not named or not logged or named == logged:
+                raise
+            try:
+                self.voice = load_voice_from_folder(open_root(logged), folder)
+            except TesseraError:
+                raise error from None  # the root that was asked for is the one to speak of
 
     # MLflow reads the hint of `model_input`: with list[str] it would refuse tables, with none or
     # Any it warns at every load, with DataFrame it checks nothing and hands over what was given.

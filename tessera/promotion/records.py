@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass
-from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
 from tessera.errors import ConflictError, DamagedError
+from tessera.runs import what_is_wrong
 from tessera.storage import Root
 
 MODEL_NAME = "tessera-adapter"
@@ -19,6 +21,7 @@ CHAMPION = "champion"
 FOLDER = f"registry/{MODEL_NAME}"
 
 
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class Evidence:
     """An interview that counted: where it lies, the sha256 of that file, its suite and score."""
@@ -30,6 +33,7 @@ class Evidence:
     score: float
 
 
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class Promotion:
     """One promotion. ``promoted_at`` is ISO 8601 in UTC; ``previous`` is ``run id/adapter``.
@@ -70,6 +74,9 @@ class Promotion:
         return f"models:/{MODEL_NAME}@{self.alias}"
 
 
+_PROMOTION = TypeAdapter(Promotion)
+
+
 def read_promotions(root: Root) -> list[Promotion]:
     """Every promotion, oldest first."""
     names = [n for n in root.children(FOLDER) if re.fullmatch(r"\d{6,}\.json", n)]
@@ -99,12 +106,10 @@ def write_promotion(root: Root, promotion: Promotion) -> None:
 
 
 def _read(root: Root, path: str) -> Promotion:
-    data: Any = root.read_json(path)
     try:
-        evidence = tuple(Evidence(**item) for item in data["evidence"])
-        refusals = tuple(data["refusals"])
-        return Promotion(**{**data, "evidence": evidence, "refusals": refusals})
-    except (KeyError, TypeError) as error:
+        return _PROMOTION.validate_python(root.read_json(path))
+    except ValidationError as error:
         raise DamagedError(
-            f"{path} in {root.url} is not a promotion record ({error}); restore it from a backup."
+            f"{path} in {root.url} is not a promotion record ({what_is_wrong(error)}); restore it "
+            "from a backup."
         ) from error

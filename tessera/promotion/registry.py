@@ -26,7 +26,7 @@ from tessera.promotion.records import (
     write_promotion,
 )
 from tessera.promotion.versions import apply_records, fetch_adapter
-from tessera.runs import Run
+from tessera.runs import Run, read_text
 from tessera.storage import Root, sha256_bytes
 
 __all__ = ["Held", "apply_records", "check", "interviews_of", "promote"]
@@ -137,7 +137,7 @@ def _record(
         alias=alias,
         run_id=run.id,
         adapter=adapter,
-        base_run_id=str(root.read_json(run.path("adapters", adapter, "base.json"))["run_id"]),
+        base_run_id=read_text(root, run.path("adapters", adapter, "base.json"), "run_id"),
         base_digest=weights.base_digest,
         adapter_digest=weights.adapter_digest,
         evidence=evidence,
@@ -146,12 +146,20 @@ def _record(
         override=override.strip() if override is not None else None,
         previous=holder.who if holder else None,
         promoted_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        promoted_by=os.environ.get("USER") or getpass.getuser(),
+        promoted_by=_user(),
     )
     if holder is not None and _same(holder, promotion):
         return holder
     write_promotion(root, promotion)
     return promotion
+
+
+def _user() -> str:
+    """Who promotes; a container's uid need not have a name."""
+    try:
+        return os.environ.get("USER") or getpass.getuser()
+    except (KeyError, OSError):  # OSError from Python 3.13 on
+        return f"uid {os.getuid()}"
 
 
 def _same(one: Promotion, other: Promotion) -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from tessera.errors import DamagedError, InputError
 from tessera.promotion.gate import Weights
 from tessera.promotion.records import MODEL_NAME, Promotion, holders, read_promotions
-from tessera.runs import Run, open_run
+from tessera.runs import Run, open_run, read_text
 from tessera.storage import Root
 from tessera.tracking.replay import known_runs
 from tessera.tracking.server import Server, as_default, connect, quiet, sentences
@@ -45,8 +45,8 @@ def fetch_adapter(run: Run, adapter: str, folder: Path) -> Weights:
         )
     for path in run.root.files(run.path("adapters", adapter)):
         run.root.get_file(path, folder / path.rsplit("/", 1)[-1])
-    base = run.root.read_json(run.path("adapters", adapter, "base.json"))
-    said = run.root.read_json(run.path("adapters", adapter, "weights.json"))["weights_digest"]
+    base = read_text(run.root, run.path("adapters", adapter, "base.json"), "weights_digest")
+    said = read_text(run.root, run.path("adapters", adapter, "weights.json"), "weights_digest")
     try:
         found = weights_digest(load_file(folder / "adapter_model.safetensors"))
     except (OSError, SafetensorError) as error:
@@ -56,7 +56,7 @@ def fetch_adapter(run: Run, adapter: str, folder: Path) -> Weights:
             f"Adapter {adapter} of run {run.id} has weights digest {found[:12]}, its weights.json "
             f"says {said[:12]}; it is damaged: restore it from a backup."
         )
-    return Weights(str(base["weights_digest"]), found)
+    return Weights(base, found)
 
 
 def apply_records(root: Root, tracking_uri: str | None = None) -> int:

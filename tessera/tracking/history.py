@@ -15,8 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 
+from tessera.errors import DamagedError
 from tessera.ledger.meter import Bill, Span, Usage, bill, file_seconds
-from tessera.runs import OUTCOMES_DONE, Attempt, Ending, Run, Segment, list_runs
+from tessera.runs import OUTCOMES_DONE, Attempt, Ending, Run, Segment, scan_runs
 from tessera.storage import Root
 from tessera.tracking.journal import Kind, Record, last_record_time, read_journal
 
@@ -149,6 +150,12 @@ def read_history(run: Run, *, now: float | None = None, records: bool = True) ->
     for attempt in run.attempts():
         ending = endings.get(attempt.id)
         lines = tuple(read_journal(run, attempt.id)) if records else ()
+        said = ending.records if ending else None
+        if records and said is not None and len(lines) < said:
+            raise DamagedError(
+                f"Attempt {attempt.id} of run {run.id} has {len(lines)} of {said} records in "
+                f"{run.root.url}; restore its journal from a backup."
+            )
         if lines:
             last = max(line.time for line in lines)
         elif ending is None and not records:
@@ -161,20 +168,54 @@ def read_history(run: Run, *, now: float | None = None, records: bool = True) ->
     return RunHistory(run, lineage, tuple(attempts))
 
 
-def read_histories(root: Root, *, now: float | None = None) -> list[RunHistory]:
-    """Every run of the root, oldest first."""
+@dataclass(frozen=True)
+class Histories:
+    """All runs of a root: those that can be read whole, oldest first, and what became of others.
+
+    ``damaged`` says by run id what is wrong; ``billable`` are damaged runs without their records,
+    as far as the bills of the whole ones need them.
+    """
+
+    whole: tuple[RunHistory, ...]
+    billable: tuple[RunHistory, ...]
+    damaged: dict[str, DamagedError]
+
+
+def read_histories(root: Root, *, now: float | None = None) -> Histories:
+    """Every run of the root; one that is damaged does not hide the others."""
+    runs, damaged = scan_runs(root)
     with ThreadPoolExecutor(_READERS) as pool:
-        return list(pool.map(lambda run: read_history(run, now=now), list_runs(root)))
+        read = list(pool.map(lambda run: _try_history(run, now), runs))
+    damaged |= {run.id: error for run, (_, error) in zip(runs, read, strict=True) if error}
+    found = [(history, error) for history, error in read if history is not None]
+    return Histories(
+        tuple(history for history, error in found if error is None),
+        tuple(history for history, error in found if error is not None),
+        dict(sorted(damaged.items())),
+    )
+
+
+def _try_history(
+    run: Run, now: float | None, *, records: bool = True
+) -> tuple[RunHistory | None, DamagedError | None]:
+    """The run's history, without records where they are damaged, and what is wrong with it."""
+    try:
+        return read_history(run, now=now, records=records), None
+    except DamagedError as error:
+        return (_try_history(run, now, records=False)[0] if records else None), error
 
 
 def read_with_neighbours(
     run: Run, *, now: float | None = None
 ) -> tuple[RunHistory, list[RunHistory]]:
-    """One run, and the attempts of all others with no more records than the bill needs."""
-    others = [other for other in list_runs(run.root) if other.id != run.id]
+    """One run, and the attempts of all others with no more records than the bill needs.
+
+    Others that are damaged are left out.
+    """
+    others = [other for other in scan_runs(run.root)[0] if other.id != run.id]
     with ThreadPoolExecutor(_READERS) as pool:
-        neighbours = pool.map(lambda other: read_history(other, now=now, records=False), others)
-        return read_history(run, now=now), list(neighbours)
+        neighbours = pool.map(lambda other: _try_history(other, now, records=False)[0], others)
+        return read_history(run, now=now), [found for found in neighbours if found is not None]
 
 
 def bill_all(histories: Iterable[RunHistory]) -> dict[str, Bill]:

@@ -30,8 +30,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, get_args
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+
 from tessera.errors import DamagedError, TesseraError
-from tessera.runs import Run
+from tessera.runs import Run, what_is_wrong
 from tessera.storage import Root, cache_folder, sha256_bytes
 
 Kind = Literal["metric", "param", "tag", "event", "span"]
@@ -42,6 +44,7 @@ UPLOAD_EVERY_S = 30.0
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class Record:
     """One line of the journal. ``value`` is a number, a string, or an event's details."""
@@ -58,6 +61,9 @@ class Record:
     def number(self) -> float:
         """The value of a metric or span as a float, NaN and infinities included."""
         return _NOT_FINITE[self.value] if isinstance(self.value, str) else float(self.value)
+
+
+_RECORD = TypeAdapter(Record)
 
 
 def _spool_folder(root: Root, run_id: str) -> Path:
@@ -90,6 +96,12 @@ class Journal:
         self._open_spool_file()
         self._thread = threading.Thread(target=self._keep_uploading, name="journal", daemon=True)
         self._thread.start()
+
+    @property
+    def written(self) -> int:
+        """How many records were written so far (the ``seq`` of the last one)."""
+        with self._append_lock:
+            return self._seq
 
     # -- the loop's side: microseconds, no exception -----------------------------------------------
 
@@ -140,7 +152,8 @@ class Journal:
                 self._closed_segments.append((self._segment, b"".join(self._lines)))
                 self._segment += 1
                 self._lines, self._size, self._uploaded = [], 0, 0
-                self._open_spool_file()
+                if self._file is not None:  # behind a gap, what `adopt` finds would be damage
+                    self._open_spool_file()
 
     # -- the root's side -------------------------------------------------------------------------
 
@@ -253,26 +266,50 @@ def adopt(run: Run) -> list[str]:
 def read_journal(run: Run, attempt: str) -> Iterator[Record]:
     """The records of one attempt that are in the root, in order of writing.
 
-    A torn last line of a segment is left out; any other broken line is a ``DamagedError``.
+    A torn last line of the last segment is left out; any other broken line, or a record that is
+    missing between two others, is a ``DamagedError``.
     """
     last = 0
-    for path in run.root.files(run.path("journal", attempt)):
+    segments = run.root.files(run.path("journal", attempt))
+    for path in segments:
         lines = run.root.read_bytes(path).split(b"\n")
         for number, line in enumerate(lines, 1):
             if not line:
                 continue
             try:
-                record = Record(**json.loads(line))
-            except (ValueError, TypeError) as error:
-                if number == len(lines):
+                record = _record(line)
+            except ValueError as error:
+                if number == len(lines) and path == segments[-1]:
                     break
                 raise DamagedError(
                     f"{path} in {run.root.url} is damaged at line {number} ({error}); restore the "
                     "segment from a backup."
                 ) from error
+            if record.seq > last + 1:
+                raise DamagedError(
+                    f"{path} in {run.root.url} goes on with record {record.seq} at line {number}, "
+                    f"but of those before it only {last} are there; restore the attempt's segments "
+                    "from a backup."
+                )
             if record.seq > last:
                 last = record.seq
                 yield record
+
+
+def _record(line: bytes) -> Record:
+    """One line, checked: a ``ValueError`` says in one clause what is wrong with it."""
+    try:
+        record = _RECORD.validate_python(json.loads(line))
+    except ValidationError as error:
+        raise ValueError(what_is_wrong(error)) from error
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+    if record.kind in ("metric", "span"):
+        try:
+            float(record.number)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"value: {record.value!r:.40} is not a number") from error
+    return record
 
 
 def last_record_time(run: Run, attempt: str) -> float | None:

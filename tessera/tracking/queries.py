@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from tessera.errors import DamagedError
 from tessera.ledger.meter import CATEGORIES, Bill, total_usd
 from tessera.runs import (
     BUDGET,
@@ -87,10 +88,23 @@ class RunSummary:
 
 
 def summarise(root: Root, *, now: float | None = None) -> list[RunSummary]:
-    """Every run of the root, oldest first; ``now`` (seconds since the epoch) is for tests."""
-    histories = read_histories(root, now=now)
-    bills = bill_all(histories)
-    return [summarise_history(history, bills, now=now) for history in histories]
+    """Every run of the root, oldest first; ``now`` (seconds since the epoch) is for tests.
+
+    Raises ``DamagedError`` for the first damaged run; ``summarise_whole`` passes them over.
+    """
+    rows, damaged = summarise_whole(root, now=now)
+    for error in damaged.values():
+        raise error
+    return rows
+
+
+def summarise_whole(
+    root: Root, *, now: float | None = None
+) -> tuple[list[RunSummary], dict[str, DamagedError]]:
+    """Every run that can be read, oldest first, and what is wrong with the others, by run id."""
+    read = read_histories(root, now=now)
+    bills = bill_all([*read.whole, *read.billable])
+    return [summarise_history(history, bills, now=now) for history in read.whole], read.damaged
 
 
 def summarise_run(root: Root, run: Run, *, now: float | None = None) -> RunSummary:

@@ -70,12 +70,16 @@ class RunSync:
 
 @dataclass(frozen=True)
 class SyncReport:
-    """What a sync did; ``seconds`` of wall-clock time."""
+    """What a sync did; ``seconds`` of wall-clock time.
+
+    ``damaged`` are sentences about the runs of the root that could not be read and were left out.
+    """
 
     tracking_uri: str
     experiment: str
     runs: tuple[RunSync, ...]
     seconds: float
+    damaged: tuple[str, ...] = ()
 
     @property
     def points(self) -> int:
@@ -99,15 +103,19 @@ def sync(
 
     ``only`` names run ids (the bases of fine-tunings among them come along). ``tracking_uri``: see
     ``tessera.tracking.server.default_uri``. Raises ``StoreError`` for a server that does not
-    answer, within seconds; what arrived stays and the next call continues.
+    answer, within seconds; what arrived stays and the next call continues. A damaged run is left
+    out and told in the report; one that ``only`` needs is an error.
     """
     started = time.monotonic()
-    histories = read_histories(root)
-    bills = bill_all(histories)
-    server = connect(root, tracking_uri)
-    bases = {history.run.id: history.run.record.base for history in histories}
+    read = read_histories(root)
+    bills = bill_all([*read.whole, *read.billable])
+    bases = {history.run.id: history.run.record.base for history in read.whole}
     chosen = bases.keys() if only is None else {*only, *(_base_id(bases.get(i)) for i in only)}
-    wanted = [history for history in histories if history.run.id in chosen]
+    for name, error in read.damaged.items():
+        if only is not None and name in chosen:
+            raise error
+    wanted = [history for history in read.whole if history.run.id in chosen]
+    server = connect(root, tracking_uri)
     synced: dict[str, RunSync] = {}
     with quiet(), sentences(server.uri):
         known = known_runs(server)
@@ -119,7 +127,8 @@ def sync(
             parent_id = parent.mlflow_run_id if parent else None
             synced[history.run.id] = _Replayed(server, history, summary, parent_id).sync(known)
     runs = tuple(synced.values())
-    return SyncReport(server.shown, server.experiment, runs, time.monotonic() - started)
+    damaged = () if only is not None else tuple(str(error) for error in read.damaged.values())
+    return SyncReport(server.shown, server.experiment, runs, time.monotonic() - started, damaged)
 
 
 def _base_id(base: dict[str, str] | None) -> str | None:

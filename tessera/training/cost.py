@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 
+from tessera.errors import DamagedError
 from tessera.ledger.meter import Usage, bill, total_usd
-from tessera.runs import Attempt, Run, list_runs
+from tessera.runs import Attempt, Run, scan_runs
 from tessera.tracking.journal import last_record_time
 
 
@@ -36,9 +37,14 @@ class RunningCost:
     def __init__(self, run: Run, attempt: Attempt) -> None:
         here = (attempt.provider, attempt.instance)
         self._earlier: list[Usage] = []
-        for other_run in list_runs(run.root):
-            endings = other_run.endings()
-            for other in other_run.attempts():
+        for other_run in scan_runs(run.root)[0]:
+            try:
+                endings, attempts = other_run.endings(), other_run.attempts()
+            except DamagedError:
+                if other_run.id == run.id:
+                    raise
+                continue  # another run's damage must not stop this one; tessera-exp names it
+            for other in attempts:
                 mine = other_run.id == run.id
                 if (mine and other.id == attempt.id) or not (
                     mine or (other.provider, other.instance) == here

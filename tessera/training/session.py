@@ -142,7 +142,12 @@ def _ending(loop: Loop, program: Program, stop: StopRequest, again: str) -> Endi
 def _finish(run: Run, attempt: Attempt, journal: Journal, outcome: Ending) -> None:
     """The journal first, then the ending: a finished run has all its records in the root."""
     done = outcome.outcome == FINISHED
-    journal.close(quiet=not done)
+    try:
+        journal.close()
+        outcome = replace(outcome, records=journal.written)
+    except TesseraError:  # the records stay on this disk for the next attempt to adopt
+        if done:
+            raise
     try:
         run.end_attempt(attempt, outcome)
     except TesseraError:

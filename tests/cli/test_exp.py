@@ -98,7 +98,7 @@ def test_a_narrow_terminal_loses_columns_and_says_which(
     code, out, _ = shell("list")
     assert code == 0
     assert all(len(line) <= 72 for line in out.splitlines())
-    assert "Left out for want of width: base, tok/s" in out
+    assert "Left out for want of width: base, step" in out
     assert "$0.0200" in out
 
 
@@ -204,3 +204,75 @@ def test_durations(seconds: float, shown: str) -> None:
 )  # fmt: skip
 def test_dollars(value: float | None, estimated: bool, shown: str) -> None:
     assert view.dollars(value, estimated) == shown
+
+
+def damage(bench: Bench) -> tuple[str, str]:
+    """Two runs that cannot be read: one without a form, one with a broken line."""
+    bench.root.publish_json("runs/formless/run.json", {})
+    run = bench.finished("torn")
+    (attempt,) = run.attempts()
+    bench.root.publish(run.path("journal", attempt.id, "000000.jsonl"), b"{}\n{}\n")
+    return "runs/formless/run.json", f"journal/{attempt.id}/000000.jsonl"
+
+
+def test_list_shows_the_others_of_a_damaged_run(bench: Bench, shell: Shell) -> None:
+    good = bench.finished()
+    named = damage(bench)
+    for arguments in (("list",), ("list", "--json")):
+        code, out, err = shell(*arguments)
+        assert code == 2
+        assert good.id in out
+        assert "torn" not in out
+        lines = err.splitlines()
+        assert len(lines) == 2
+        for path, line in zip(named, lines, strict=True):
+            assert path in line
+            assert line.endswith(".")
+    assert [row["run_id"] for row in json.loads(out)] == [good.id]
+    assert shell("show", "base")[0] == 0
+
+
+def test_list_of_nothing_but_damage_is_an_empty_list(bench: Bench, shell: Shell) -> None:
+    damage(bench)
+    code, out, _ = shell("list", "--json")
+    assert (code, json.loads(out)) == (2, [])
+
+
+def test_sync_sends_the_others_of_a_damaged_run(bench: Bench, shell: Shell) -> None:
+    good = bench.finished()
+    damage(bench)
+    code, out, err = shell("sync", "--tracking-uri", bench.uri)
+    assert code == 2
+    assert out.startswith("Synced 1 run into")
+    assert len(err.splitlines()) == 2
+    assert list(bench.seen(bench.uri).runs) == [good.id]
+
+
+def test_promote_needs_only_its_own_run_and_base(bench: Bench, shell: Shell) -> None:
+    voice = bench.with_adapter()
+    bench.interview(voice)
+    damage(bench)
+    arguments = ("promote", "voice", "--adapter", "ep1", "--tracking-uri", bench.uri)
+    code, _, err = shell(*arguments)
+    assert (code, err) == (0, "")
+    assert voice.record.base is not None
+    base = voice.record.base["run_id"]
+    for path in bench.root.files(f"runs/{base}/journal"):
+        bench.root.publish(path, b"{}\n{}\n")
+    code, out, err = shell(*arguments)
+    assert (code, out) == (2, "")
+    assert f"runs/{base}/journal/" in err
+
+
+def test_the_width_that_columns_names_counts_without_a_terminal(
+    bench: Bench, shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.with_adapter()
+    monkeypatch.setenv("COLUMNS", "72")
+    for arguments in (("list",), ("show", "base")):
+        code, out, _ = shell(*arguments)
+        assert code == 0
+        assert max(map(len, out.splitlines())) <= 72
+    assert "Left out for want of width" in shell("list")[1]
+    monkeypatch.setenv("COLUMNS", "wide")
+    assert "Left out for want of width" not in shell("list")[1]

@@ -329,3 +329,28 @@ def test_a_traceback_is_shown_to_who_asks_for_it() -> None:
     )  # fmt: skip
     assert "Traceback" in done.stderr
     assert "InputError" in done.stderr
+
+
+# -- the interview's suite -------------------------------------------------------------------------
+
+
+def test_the_suite_is_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_command(tessera, ["interview", "run", "nobody"]) == 2
+    assert "No run is called 'nobody'" in capsys.readouterr().err
+    monkeypatch.setattr("tessera.__file__", str(tmp_path / "site-packages/tessera/__init__.py"))
+    assert run_command(tessera, ["interview", "run", "nobody"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("Error: There is no experiments/interview.yaml in ")
+    assert line.endswith("give the probes with --suite FILE.")
+
+
+def test_an_unknown_run_is_refused_before_torch(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _LOADED, "tessera", "interview", "run", "nobody"],
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert "No run is called 'nobody'" in done.stderr
+    assert "torch" not in done.stderr.splitlines()[-1].split(",")

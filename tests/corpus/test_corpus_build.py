@@ -136,6 +136,30 @@ def test_a_build_that_lost_an_object_is_made_again(write_recipe: Write, root: Ro
         assert verify(root, again.manifest_path) == []
 
 
+@pytest.mark.parametrize("record", [b"{}", b"[]", b'{"manifest": 1}', b'{"manifest": "/x"}', b"{"])
+def test_a_build_record_of_another_form_is_none(
+    write_recipe: Write, root: Root, record: bytes
+) -> None:
+    first = build(write_recipe(), root).manifest
+    (path,) = root.files("corpora/small/builds")
+    root.publish(path, record)
+    again = build(write_recipe(), root)
+    assert not again.reused
+    assert again.manifest.fingerprint == first.fingerprint
+    assert build(write_recipe(), root).reused
+
+
+def test_a_build_with_an_object_of_another_size_is_made_again(
+    write_recipe: Write, root: Root
+) -> None:
+    first = build(write_recipe(), root).manifest
+    for path in (first.path, first.tokenizer.path, first.splits["train"].shards[0].path):
+        root.publish(path, root.read_bytes(path)[:-5])
+        again = build(write_recipe(), root)
+        assert not again.reused
+        assert verify(root, again.manifest_path) == []
+
+
 def test_a_corrected_licence_keeps_the_fingerprint(
     write_recipe: Write, root: Root, make_source: MakeSource
 ) -> None:

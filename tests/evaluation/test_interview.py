@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tessera.corpus.chat import Message
-from tessera.errors import InputError
+from tessera.errors import DamagedError, InputError
 from tessera.evaluation.interview import (
     hold_interview,
     interview_path,
@@ -107,3 +107,17 @@ def test_a_foreign_file_among_interviews_is_named(run: Run, suite: Suite) -> Non
     run.root.publish_json(path, {"a": 1})
     with pytest.raises(InputError, match=r"interviews/.*ep1\.json in "):
         list(stored_interviews(run))
+
+
+@pytest.mark.parametrize("value", [{}, [], {"format": 1, "probes": None}])
+def test_a_stored_interview_of_another_form_is_damage(
+    voice: Voice, suite: Suite, run: Run, value: object
+) -> None:
+    path = interview_path(run, suite.digest, "ep1")
+    run.root.publish_json(path, value)
+    with pytest.raises(DamagedError, match=r"interviews/.*ep1\.json in "):
+        stored_interview(run, suite.digest, "ep1")
+    store_interview(run, hold_interview(voice, suite, run_id="voice-1", adapter="ep1"))
+    run.root.publish_json(run.path("adapters", "ep1", SIDECAR), {})
+    with pytest.raises(DamagedError, match=r"adapters/ep1/weights\.json in .*weights_digest"):
+        stored_interview(run, suite.digest, "ep1")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tessera.errors import ConflictError, InputError, StoreError
+from tessera.errors import ConflictError, DamagedError, InputError, StoreError
 from tessera.promotion.records import holders, read_promotions, write_promotion
 from tessera.promotion.registry import apply_records, promote
 from tessera.tracking.replay import sync
@@ -248,3 +248,119 @@ def test_words_that_cannot_be_meant_are_refused(bench: Bench) -> None:
     bench.root.publish(run.path("interviews", "5" * 64, "ep1.json"), b"{}")
     with pytest.raises(InputError, match=r"interviews/5+/ep1\.json: "):
         promote(bench.root, run, "ep1")
+
+
+@pytest.mark.parametrize("name", ["base.json", "weights.json"])
+@pytest.mark.parametrize("value", [{}, [], {"weights_digest": None}])
+def test_a_sidecar_of_another_form_is_damage(bench: Bench, name: str, value: object) -> None:
+    from tessera.evaluation.weights import load_voice
+
+    run = bench.with_adapter()
+    bench.root.publish_json(run.path("adapters", "ep1", name), value)
+    with pytest.raises(DamagedError, match=rf"adapters/ep1/{name} in .*weights_digest"):
+        promote(bench.root, run, "ep1", tracking_uri=bench.uri)
+    with pytest.raises((DamagedError, InputError), match=rf"{name}"):
+        load_voice(bench.root, run, "ep1")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("weights.json", {}, "weights_digest"),
+        ("weights.json", [], "weights_digest"),
+        ("config.json", {}, "architecture"),
+        ("config.json", [], "architecture"),
+        ("config.json", {"architecture": "ProtoGPT"}, "layers"),
+        ("config.json", {"colour": "blue"}, "colour"),
+        ("config.json", {"layers": "many"}, "layers"),
+        ("config.json", {"layers": 2}, "does not describe the tensors"),
+        ("config.json", {"layers": 10**9}, "does not describe the tensors"),
+        ("config.json", {"heads": 0}, "does not describe the tensors"),
+        ("config.json", {"heads": 3}, "does not describe the tensors"),
+        ("config.json", {"context": 99, "vocab_size": 301}, "does not describe the tensors"),
+    ],
+)
+def test_a_base_of_another_form_is_damage(
+    bench: Bench, name: str, value: dict[str, object], says: str
+) -> None:
+    from tessera.evaluation.weights import find_base, load_base, load_voice
+    from tessera.runs import open_run
+
+    voice = bench.with_adapter()
+    assert voice.record.base is not None
+    run = open_run(bench.root, voice.record.base["run_id"])
+    path = run.path("model", name)
+    if says not in ("weights_digest", "architecture") and "architecture" not in value:
+        value = bench.root.read_json(path) | value
+    bench.root.publish_json(path, value)
+    for load in (lambda: load_base(run), lambda: load_voice(bench.root, voice, "ep1")):
+        with pytest.raises(DamagedError) as error:
+            load()
+        text = str(error.value)
+        assert path in text
+        assert says in text
+        assert "\n" not in text
+    if name == "weights.json":
+        with pytest.raises(DamagedError, match=r"model/weights\.json"):
+            find_base(bench.root, "d" * 64)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [({"r": "x"}, "r: "), ({"r": 0}, "r: "), ({"target_modules": None}, "target_modules: ")],
+)
+def test_an_adapter_configuration_of_another_form_is_damage(
+    bench: Bench, change: dict[str, object], says: str
+) -> None:
+    from tessera.evaluation.weights import load_voice
+
+    run = bench.with_adapter()
+    path = run.path("adapters", "ep1", "adapter_config.json")
+    bench.root.publish_json(path, bench.root.read_json(path) | change)
+    with pytest.raises(DamagedError, match=rf"adapter_config\.json of runs/.*ep1 in .*\({says}"):
+        load_voice(bench.root, run, "ep1")
+
+
+def test_the_base_is_looked_for_in_the_root_of_the_promotion_too(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    run = bench.with_adapter()
+    bench.interview(run)
+    promotion = promote(bench.root, run, "ep1", tracking_uri=bench.uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", bench.uri)
+    monkeypatch.setenv("TESSERA_ROOT", str(bench.folder / "another"))
+    assert mlflow.pyfunc.load_model(promotion.uri).predict(["walk"])
+    Path(bench.root.url).rename(bench.folder / "moved")
+    with pytest.raises(InputError, match=r"No base model in .*another has"):
+        mlflow.pyfunc.load_model(promotion.uri)
+
+
+def test_a_uid_without_a_name_promotes_too(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody() -> str:
+        raise KeyError("getpwuid(): uid not found: 4711")
+
+    monkeypatch.delenv("USER")
+    monkeypatch.setattr("getpass.getuser", nobody)
+    monkeypatch.setattr("os.getuid", lambda: 4711)
+    monkeypatch.setattr("tessera.promotion.registry.apply_records", lambda *_: 0)
+    run = bench.with_adapter()
+    bench.interview(run)
+    assert promote(bench.root, run, "ep1").promoted_by == "uid 4711"
+
+
+@pytest.mark.parametrize("change", [{"number": None}, {"evidence": [{}]}, {"colour": "blue"}])
+def test_a_promotion_of_another_form_is_damage(bench: Bench, change: dict[str, object]) -> None:
+    from dataclasses import asdict
+
+    from tessera.promotion.records import Promotion
+
+    record = Promotion(
+        1, "t", "champion", "r", "ep1", "b", "d", "d", (), None, (), None, None, "now", "ada"
+    )
+    bench.root.publish_json(record.path, asdict(record))
+    assert read_promotions(bench.root) == [record]
+    bench.root.publish_json(record.path, asdict(record) | change)
+    with pytest.raises(DamagedError, match=r"000001\.json in .* is not a promotion record"):
+        read_promotions(bench.root)

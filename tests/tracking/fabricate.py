@@ -109,7 +109,9 @@ class Writer:
     def end(self, outcome: str, step: int, exit_code: int = 0) -> None:
         """Say how it ended."""
         self.journal.close()
-        self.run.end_attempt(self.attempt, Ending(outcome, exit_code, self.clock(), step))
+        records = self.journal.written
+        ending = Ending(outcome, exit_code, self.clock(), step, records=records)
+        self.run.end_attempt(self.attempt, ending)
 
     def kill(self) -> None:
         """kill -9 right after an upload: the root has the records, and no ending."""

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tessera.errors import StoreError
+from tessera.errors import DamagedError, StoreError
 from tessera.runs import Run, RunRecord
 from tessera.storage import Root
 from tessera.tracking import journal as module
@@ -473,9 +473,24 @@ def test_a_torn_last_line_is_left_out(run: Run) -> None:
         assert values(run) == [1], cut
 
 
+_CHANGES: list[dict[str, object]] = [
+    {"step": None}, {"time": "z"}, {"kind": "mystery"}, {"value": None},
+    {"value": "much"}, {"value": [1]}, {"seq": []}, {"colour": "blue"},
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "damage", [b'{"kind": "met\n', b"[]\n", b'{"kind": "metric"}\n', b"\xff\n"]
-)
+    "damage",
+    [
+        b'{"kind": "met\n', b"[]\n", b'{"kind": "metric"}\n', b"\xff\n", *(
+            json.dumps(
+                {"kind": "metric", "key": "k", "value": 1.0, "step": 3, "time": 1.0,
+                 "attempt": "1-aa", "seq": 3} | change
+            ).encode() + b"\n"
+            for change in _CHANGES
+        ),
+    ],
+)  # fmt: skip
 def test_a_damaged_line_is_a_sentence(run: Run, damage: bytes) -> None:
     put(run, line(1), line(2) + damage + line(3))
     with pytest.raises(StoreError) as error:
@@ -492,6 +507,52 @@ def test_a_record_that_is_there_twice_counts_once(run: Run) -> None:
     assert values(run) == [1, 2, 3]
 
 
+def test_only_the_last_segment_may_be_torn(run: Run) -> None:
+    put(run, line(1) + line(2)[:-5], line(3))
+    with pytest.raises(DamagedError, match=r"000000\.jsonl in .* is damaged at line 2"):
+        values(run)
+
+
+@pytest.mark.parametrize(
+    ("segments", "named"),
+    [
+        ((line(1) + line(3),), "000000"),
+        ((line(1), line(3)), "000001"),
+        ((line(2),), "000000"),
+        ((line(1) + line(2), line(3) + line(5), line(6)), "000001"),
+    ],
+)
+def test_a_missing_record_is_damage(run: Run, segments: tuple[bytes, ...], named: str) -> None:
+    put(run, *segments)
+    with pytest.raises(DamagedError, match=rf"{named}\.jsonl in .* only \d are there.*\.$"):
+        values(run)
+
+
+def test_a_journal_counts_what_it_wrote(run: Run) -> None:
+    journal = Journal(run, "1-aa", upload_every_s=NEVER)
+    assert journal.written == 0
+    for step in (1, 2, 3):
+        journal.metric("train/loss", step, step)
+    journal.close()
+    assert journal.written == len(values(run)) == 3
+
+
+def test_what_is_spooled_has_no_gap_after_a_disk_was_full(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SEGMENT_BYTES", 1000)
+    repair = break_root(run)
+    journal = Journal(run, "1-aa", upload_every_s=NEVER)
+    journal.metric("train/loss", 1.0, 1)
+    journal._drop_spool_file()  # what a failing write does
+    for step in range(2, 51):
+        journal.metric("train/loss", step, step)
+    journal.close(quiet=True)
+    repair()
+    assert adopt(run) == ["1-aa"]
+    assert values(run) == [1.0]
+
+
 def test_segments_are_read_in_order_of_number(run: Run) -> None:
     put(run, *(line(number) for number in range(1, 13)))
     assert values(run) == list(range(1, 13))
@@ -499,9 +560,9 @@ def test_segments_are_read_in_order_of_number(run: Run) -> None:
 
 def test_another_attempt_is_another_journal(run: Run) -> None:
     put(run, line(1))
-    run.root.publish(run.path("journal", "1-aab", "000000.jsonl"), line(7))
+    run.root.publish(run.path("journal", "1-aab", "000000.jsonl"), line(1) + line(2))
     assert values(run) == [1]
-    assert values(run, "1-aab") == [7]
+    assert values(run, "1-aab") == [1, 2]
     assert values(run, "9-none") == []
 
 

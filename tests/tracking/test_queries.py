@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tessera.errors import DamagedError
 from tessera.tracking.history import ALIVE_S
-from tessera.tracking.queries import RunSummary, summarise, summarise_run
+from tessera.tracking.queries import RunSummary, summarise, summarise_run, summarise_whole
 
 if TYPE_CHECKING:
     from tests.tracking.fabricate import Bench
@@ -192,3 +193,18 @@ def test_nan_is_shown_as_the_final_loss_and_never_as_the_best(bench: Bench) -> N
     assert found.final_loss is not None
     assert math.isnan(found.final_loss)
     assert (found.best_loss, found.status) == (3.0, "diverged")
+
+
+def test_a_truncated_journal_is_damage_and_not_another_figure(bench: Bench) -> None:
+    run, whole = bench.finished("cut"), bench.finished("whole")
+    (attempt,) = run.attempts()
+    path = run.path("journal", attempt.id, "000000.jsonl")
+    lines = bench.root.read_bytes(path).splitlines(keepends=True)
+    bench.root.publish(path, b"".join(lines[:-1]))
+    says = rf"Attempt {attempt.id} of run {run.id} has {len(lines) - 1} of {len(lines)} records"
+    with pytest.raises(DamagedError, match=says):
+        summarise(bench.root)
+    rows, damaged = summarise_whole(bench.root)
+    assert [row.run_id for row in rows] == [whole.id]
+    assert list(damaged) == [run.id]
+    assert summarise_run(bench.root, whole).cost_usd == rows[0].cost_usd
