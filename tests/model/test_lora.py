@@ -170,7 +170,7 @@ def test_peft_reads_what_we_publish(tmp_path: Path, targets: tuple[str, ...]) ->
     folder = publish(tmp_path, ours, lora)
     theirs = PeftModel.from_pretrained(make_base(), str(folder))
     assert (logits_of(ours) - logits_of(make_base())).abs().max() > 0.1
-    # The same products in the same order but for the scale; measured: 5e-7 of a spread of 1.
+    # The same products in the same order but for the scale: rounding only.
     torch.testing.assert_close(logits_of(theirs), logits_of(ours), rtol=0, atol=1e-5)
     assert sum(".lora_" in name for name, _ in theirs.named_parameters()) == 4 * len(targets)
 

@@ -93,7 +93,7 @@ def test_a_voice_from_the_conversations_to_the_answer(based: Bench) -> None:
     with pytest.raises(InputError, match="This prompt cannot be answered: a prompt of "):
         voice.answer("much too long " * 40)
 
-    # What stock peft makes of the published folder; measured: the logits agree to 2e-6.
+    # What stock peft makes of the published folder: the same logits up to rounding.
     theirs = PeftModel.from_pretrained(base.model, str(folder_of(based, run, "ep3")))
     ids = torch.tensor([base.tokenizer.encode("yes noka. ok.")])
     with torch.no_grad():
@@ -106,7 +106,7 @@ def test_the_loss_is_the_mean_over_the_assistants_tokens_of_a_step(based: Bench)
     alone = based.train(*common, "batch.micro_batch=1", name="voice").run
     together = based.train(*common, "batch.micro_batch=4", name="voice", new=True).run
     losses = based.points(alone)
-    # Padding and the cut into micro-batches only change the order of sums; measured: 1e-6.
+    # Padding and the cut into micro-batches only change the order of sums.
     assert losses == pytest.approx(based.points(together), abs=1e-5)
 
     base = load_base(based.only_run(), torch.device("cpu"))
