@@ -22,6 +22,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PrivateAttr,
     TypeAdapter,
     ValidationError,
     model_validator,
@@ -169,6 +170,7 @@ class Price(_Section):
 
 
 class _Common(_Section):
+    _origins: dict[str, str] = PrivateAttr(default_factory=dict)
     name: str = Field(pattern=NAME_PATTERN, json_schema_extra={"free": True})
     description: str = free("")
     seed: int = Field(ge=0, lt=2**63)
@@ -182,6 +184,18 @@ class _Common(_Section):
     checkpoint: Checkpoint
     log_every_steps: int = free(10, gt=0)
     price: Price | None = free(None)
+
+    def __eq__(self, other: object) -> bool:
+        # Where a setting was written (`_origins`) is no part of what it says.
+        return type(self) is type(other) and self.__dict__ == other.__dict__
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.seed))
+
+    def origin(self, key: str) -> str:
+        """The file or ``--set`` that ``key`` came from, to begin a sentence about it."""
+        known = (self._origins[k] for k in _upwards(key) if k in self._origins)
+        return next(known, f"experiment {self.name}")
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -315,9 +329,11 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
         _apply(data, override, origins)
     _resolve_paths(data, origins)
     try:
-        return _ADAPTER.validate_python(data)
+        experiment = _ADAPTER.validate_python(data)
     except ValidationError as error:
         raise InputError(_sentence(error, path, origins)) from error
+    experiment._origins = origins
+    return experiment
 
 
 def _read(path: Path, origins: dict[str, str], chain: tuple[Path, ...]) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class PretrainProgram(Program):
         """Raises ``InputError`` where the experiment and the corpus do not fit together."""
         if experiment.model.vocab_size != manifest.tokenizer.vocab_size:
             raise InputError(
-                f"model.vocab_size of experiment {experiment.name} is "
+                f"{experiment.origin('model.vocab_size')}: model.vocab_size is "
                 f"{experiment.model.vocab_size}, the tokenizer of corpus {manifest.name} has "
                 f"{manifest.tokenizer.vocab_size} entries; make them equal."
             )

@@ -120,7 +120,7 @@ def test_a_first_step_that_compiles_has_no_speed(
     [
         (
             ["--set", "model.vocab_size=301"],
-            "Error: model.vocab_size of experiment tiny is 301, the tokenizer of corpus tiny has",
+            "Error: --set model.vocab_size=301: model.vocab_size is 301, the tokenizer of corpus",
         ),
         (["--set", "data.corpus=other"], "Error: Corpus 'other' is not built in "),
         (["--set", "data.fingerprint=zz"], "Error: No build of corpus 'tiny' in "),
