@@ -9,6 +9,7 @@ export TESSERA_ROOT="${TESSERA_DEMO_ROOT:-.tessera}"
 unset TESSERA_RUN_ID TESSERA_USD_PER_HOUR TESSERA_BILLED_FROM MLFLOW_TRACKING_URI
 [ -t 1 ] || export COLUMNS="${COLUMNS:-140}"  # in a log there is no window to be narrow for
 started=$SECONDS
+trap '[ $? = 0 ] || echo "The demo did not finish; run it again: it continues where it stopped." >&2' EXIT
 
 title() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
 typed() { printf '$'; printf ' %q' "$@"; printf '\n'; }
@@ -52,7 +53,7 @@ run tessera-exp list
 cat <<END
 
 Done in $((SECONDS - started)) s. Three things to try next:
-  .venv/bin/tessera interview show $best        every answer, with its verdict
-  .venv/bin/tessera-exp show $base              where each second and dollar went
+  .venv/bin/tessera interview show $best --root $TESSERA_ROOT     every answer, with its verdict
+  .venv/bin/tessera-exp show $base --root $TESSERA_ROOT           where each second and dollar went
   .venv/bin/mlflow ui --backend-store-uri sqlite:///$TESSERA_ROOT/mlflow.db
 END

@@ -75,7 +75,8 @@ def run(
         print_json(result.to_json())
     else:
         _print_transcript(result, only_greedy=True)
-        click.echo(f"Every answer: tessera interview show {found.id} --adapter {name}")
+        where = "" if root == ".tessera" else f" --root {root}"
+        click.echo(f"Every answer: tessera interview show {found.id} --adapter {name}{where}")
 
 
 def _default_suite() -> Path:

@@ -104,7 +104,7 @@ def train(
 @_set_option
 @json_option
 def describe(experiment: str, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Parameters, steps, FLOPs, memory and dollars of EXPERIMENT, by arithmetic; nothing runs."""
+    """Parameters, steps, FLOPs and memory of EXPERIMENT, by arithmetic; nothing runs."""
     from tessera.experiment import load_experiment
 
     facts = _facts(load_experiment(experiment, overrides))

@@ -62,7 +62,7 @@ class ProgressLine:
         if self._console.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.description}"),
-                BarColumn(bar_width=16),
+                BarColumn(bar_width=8),
                 TextColumn("{task.completed}/{task.total} {task.fields[text]}"),
                 console=self._console,
             )
@@ -89,9 +89,9 @@ class ProgressLine:
     def show(self, at: Standing) -> None:
         """Refresh the line."""
         text = (
-            f"loss {at.loss:.3f}  {at.tokens_per_s:,.0f} tok/s  MFU {at.mfu:.1%}  "
-            f"{dollars(at.usd)} so far  {duration(at.seconds_left)} left, "
-            f"{dollars(at.usd_at_end)} at the end"
+            f"loss {at.loss:.3f}  {at.tokens_per_s:,.0f} tok/s  "
+            f"{dollars(at.usd)} of {dollars(at.usd_at_end)}, {duration(at.seconds_left)} left  "
+            f"MFU {at.mfu:.1%}"  # last: what a narrow terminal cuts off
         )
         if self._bar is not None:
             self._bar.update(self._task, completed=at.step, text=text)

@@ -9,6 +9,7 @@ that, short of a kill, leaves an ending that says how it came to it.
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -249,6 +250,8 @@ def _signals(stop: StopRequest) -> Iterator[None]:
         if stop.signal is not None:
             raise KeyboardInterrupt
         stop.signal = signal.Signals(number).name
+        # os.write: a handler may not take the locks of print or of the progress line
+        os.write(2, b"\nstopping after this step and saving; once more leaves at once\n")
 
     before = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
