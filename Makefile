@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help demo test lint core-tests clean
+.PHONY: help demo test lint core-tests test-full chaos clean
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/'
@@ -30,7 +30,14 @@ lint: $(READY)
 	$(BIN)/lint-imports
 
 core-tests: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore=tests/full
+
+test-full: $(READY)  ## against real S3 servers (moto, rclone) behind a proxy that injects faults
+	$(BIN)/python -m pytest tests/full
+
+# CHAOS='--kills 10 --store moto --seed 7' changes it; all options: python -m tests.chaos --help
+chaos: $(READY)  ## kill a trainer at 40 and more random moments on each of two faulty stores
+	$(BIN)/python -m tests.chaos $(CHAOS)
 
 clean:           ## remove the environment; .tessera (your runs) stays
 	rm -rf $(VENV) *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

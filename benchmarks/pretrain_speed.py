@@ -70,6 +70,8 @@ def peer(experiment: Pretrain, compiled: bool, steps: int) -> Row:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
     shape, batch = model_shape(experiment.model), experiment.batch
+    size = batch.micro_batch
+    assert size != "auto", "main has refused it"
     config = GPT2Config(
         vocab_size=shape.vocab_size,
         n_positions=shape.context,
@@ -90,14 +92,12 @@ def peer(experiment: Pretrain, compiled: bool, steps: int) -> Row:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=on_gpu)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    micro = batch.tokens_per_step // (batch.micro_batch * experiment.sequence)
+    micro = batch.tokens_per_step // (size * experiment.sequence)
     times = []
     for _ in range(steps):
         start = time.perf_counter()
         for _ in range(micro):
-            ids = torch.randint(
-                shape.vocab_size, (batch.micro_batch, experiment.sequence), device=device
-            )
+            ids = torch.randint(shape.vocab_size, (size, experiment.sequence), device=device)
             with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
                 loss = model(ids, labels=ids).loss / micro
             loss.backward()
@@ -124,6 +124,8 @@ def main() -> None:
     experiment = load_experiment(arguments.experiment, arguments.overrides)
     if not isinstance(experiment, Pretrain):
         sys.exit(f"{arguments.experiment} is no pretraining.")
+    if experiment.batch.micro_batch == "auto":
+        sys.exit("Both sides need the same size: give it with --set batch.micro_batch=N.")
     rows = [ours(arguments.experiment, arguments.overrides, arguments.root)]
     for kind in filter(None, arguments.peers.split(",")):
         rows.append(peer(experiment, kind == "compiled", arguments.peer_steps))

@@ -6,6 +6,7 @@
     ├── attempts/<n>-<token>.end.json     how it ended; absent while it runs and after a kill -9
     ├── journal/<n>-<token>/<segment>.jsonl
     ├── checkpoints/step-<step>-<n>-<token>/   ``COMPLETE`` is written last
+    ├── rollbacks/<n>-<token>.json        an attempt gave up every earlier checkpoint beyond a step
     ├── latest.json                       a hint for people; readers follow the lineage
     ├── model/                            at the end of a pretraining
     ├── adapters/<name>/                  one an epoch of a fine-tuning
@@ -17,6 +18,10 @@ and a reader picks one *lineage*: the furthest complete checkpoint, the attempt 
 checkpoint that attempt resumed from, and so on back to the start. Two live attempts can waste
 money, never mix. ``superseded_by`` saves that money: before each publication an attempt looks for
 a later one (higher number; same number, smaller token) and stops.
+
+An attempt that goes back on purpose (a spike, a damaged checkpoint) first publishes a *rollback*:
+from then on the checkpoints of attempts with a smaller number count only up to its ``to_step``. So
+"the furthest" is never the state that was given up, whatever dies when.
 """
 
 from __future__ import annotations
@@ -38,14 +43,15 @@ from tessera.storage import Root, canonical_json
 
 RUN_ID_VARIABLE = "TESSERA_RUN_ID"
 _RUN_ID = r"[a-z0-9][a-z0-9_.-]{0,99}"  # longer than a name: the digest and `-2` follow it
-FINISHED, BUDGET, DIVERGED, PREEMPTED, FAILED, SUPERSEDED = (
-    "FINISHED", "BUDGET", "DIVERGED", "PREEMPTED", "FAILED", "SUPERSEDED",
+FINISHED, BUDGET, DIVERGED, PREEMPTED, FAILED, SUPERSEDED, ROLLED_BACK = (
+    "FINISHED", "BUDGET", "DIVERGED", "PREEMPTED", "FAILED", "SUPERSEDED", "ROLLED_BACK",
 )  # fmt: skip
 OUTCOMES_DONE = frozenset({FINISHED, BUDGET})
 
 T = TypeVar("T")
 
 
+_CHECKPOINT = re.compile(r"step-(\d+)-(\d+-[0-9a-f]+)")
 _AS_WRITTEN = with_config(ConfigDict(extra="forbid"))  # a record with other keys is not ours
 
 
@@ -60,7 +66,45 @@ class CheckpointRef:
     @property
     def folder(self) -> str:
         """Its folder, relative to the run's."""
-        return f"checkpoints/step-{self.step}-{self.attempt}"
+        return f"checkpoints/{self.name}"
+
+    @property
+    def name(self) -> str:
+        """``step-<step>-<n>-<token>``."""
+        return f"step-{self.step}-{self.attempt}"
+
+    @property
+    def number(self) -> int:
+        """The number of the attempt that wrote it."""
+        return int(self.attempt.split("-")[0])
+
+    @classmethod
+    def parse(cls, name: str) -> CheckpointRef | None:
+        """The checkpoint whose ``name`` this is, or None."""
+        match = _CHECKPOINT.fullmatch(name)
+        return cls(int(match[1]), match[2]) if match else None
+
+
+@_AS_WRITTEN
+@dataclass(frozen=True)
+class Rollback:
+    """Attempt ``attempt`` goes back: earlier attempts' checkpoints count only up to ``to_step``.
+
+    ``excluded`` are ranges [first, end) of sample numbers that the run leaves out for good from
+    there on, those of earlier rollbacks included; ``count`` is how many rollbacks for instability
+    there have been.
+    """
+
+    attempt: str
+    to_step: int
+    reason: str
+    excluded: tuple[tuple[int, int], ...]
+    count: int
+    decided_at: float
+
+    def gives_up(self, ref: CheckpointRef) -> bool:
+        """Whether ``ref`` no longer counts."""
+        return ref.step > self.to_step and ref.number < int(self.attempt.split("-")[0])
 
 
 @_AS_WRITTEN
@@ -68,7 +112,8 @@ class CheckpointRef:
 class Attempt:
     """One launch of a run: where it runs, what that costs, and what it continues.
 
-    Times are seconds since the epoch; ``usd_per_hour`` is None where nobody told a price.
+    Times are seconds since the epoch; ``usd_per_hour`` is None where nobody told a price,
+    ``usd_per_gb_up`` is the price of 10^9 bytes from the machine to the root.
     """
 
     number: int
@@ -85,6 +130,7 @@ class Attempt:
     billed_from_source: str
     setup_started_at: float | None = None
     resumed_from: CheckpointRef | None = None
+    usd_per_gb_up: float = 0.0
 
     @property
     def id(self) -> str:
@@ -134,6 +180,11 @@ class RunRecord:
     base: dict[str, str] | None = None
 
 
+def furthest_first(ref: CheckpointRef) -> tuple[int, int, str]:
+    """Sorting key: the furthest step, then the latest attempt, then the smaller token."""
+    return -ref.step, -ref.number, ref.attempt
+
+
 def identity_hash(identity: Mapping[str, Any], fingerprint: str) -> str:
     """Eight hex digits of every loss-affecting setting and the data fingerprint."""
     material = canonical_json({"identity": dict(identity), "fingerprint": fingerprint})
@@ -176,20 +227,28 @@ class Run:
             if name.endswith(".end.json")
         }
 
-    def start_attempt(self, attempt: Attempt, resumed_from: CheckpointRef | None) -> Attempt:
-        """Publish ``attempt`` under the next number and a fresh token.
+    def next_attempt(self, attempt: Attempt, resumed_from: CheckpointRef | None) -> Attempt:
+        """``attempt`` under the next number and a fresh token, not yet published.
 
         ``resumed_from`` is the checkpoint it continues, which the caller has fetched and verified.
         """
         numbers = [other.number for other in self.attempts()]
-        fresh = replace(
+        return replace(
             attempt,
             number=max(numbers, default=0) + 1,
             token=secrets.token_hex(4),
             resumed_from=resumed_from,
         )
-        self.root.publish_json(self.path("attempts", f"{fresh.id}.json"), asdict(fresh))
+
+    def start_attempt(self, attempt: Attempt, resumed_from: CheckpointRef | None) -> Attempt:
+        """Publish ``attempt`` as the next one."""
+        fresh = self.next_attempt(attempt, resumed_from)
+        self.publish_attempt(fresh)
         return fresh
+
+    def publish_attempt(self, attempt: Attempt) -> None:
+        """From here on ``attempt`` takes precedence over all earlier ones."""
+        self.root.publish_json(self.path("attempts", f"{attempt.id}.json"), asdict(attempt))
 
     def end_attempt(self, attempt: Attempt, ending: Ending) -> None:
         """Publish how ``attempt`` ended."""
@@ -212,14 +271,32 @@ class Run:
 
     # -- checkpoints and lineage -----------------------------------------------------------------
 
+    def rollbacks(self) -> list[Rollback]:
+        """Every decision to go back, oldest attempt first."""
+        found = [
+            _read(self.root, self.path("rollbacks", name), _ROLLBACK)
+            for name in self.root.children(self.path("rollbacks"))
+            if name.endswith(".json")
+        ]
+        return sorted(found, key=lambda r: (int(r.attempt.split("-")[0]), r.attempt))
+
+    def publish_rollback(self, rollback: Rollback) -> None:
+        """Decide to go back; call it before the attempt itself is published."""
+        path = self.path("rollbacks", f"{rollback.attempt}.json")
+        self.root.publish_json(path, asdict(rollback))
+
+    def complete(self) -> list[CheckpointRef]:
+        """All complete checkpoints, those that were given up too; order as ``checkpoints``."""
+        names = [path.split("/") for path in self.root.files(self.path("checkpoints"))]
+        found = [CheckpointRef.parse(parts[-2]) for parts in names if parts[-1] == "COMPLETE"]
+        return sorted((ref for ref in found if ref is not None), key=furthest_first)
+
     def checkpoints(self) -> list[CheckpointRef]:
-        """Complete checkpoints, furthest first; at one step the latest attempt first."""
-        found: list[tuple[int, int, str]] = []
-        for path in self.root.files(self.path("checkpoints")):
-            match = re.search(r"/step-(\d+)-(\d+)-([0-9a-f]+)/COMPLETE$", path)
-            if match:
-                found.append((-int(match[1]), -int(match[2]), match[3]))
-        return [CheckpointRef(-step, f"{-number}-{token}") for step, number, token in sorted(found)]
+        """Complete checkpoints that count, furthest first; at one step the latest attempt first."""
+        # Rollbacks after the listing: a checkpoint that one of them gives up must not slip through.
+        found = self.complete()
+        rollbacks = self.rollbacks()
+        return [ref for ref in found if not any(r.gives_up(ref) for r in rollbacks)]
 
     def furthest(self) -> CheckpointRef | None:
         """The complete checkpoint that a new attempt continues from."""
@@ -412,3 +489,4 @@ def _foreign(root: Root, path: str, reason: str) -> DamagedError:
 
 
 _RUN, _ATTEMPT, _ENDING = TypeAdapter(RunRecord), TypeAdapter(Attempt), TypeAdapter(Ending)
+_ROLLBACK = TypeAdapter(Rollback)

@@ -98,7 +98,7 @@ def end(run: Run, attempt: Attempt, outcome: str, step: int, at: float = 200.0) 
 
 def test_the_identity_of_an_experiment_is_frozen() -> None:
     """If this fails, every run in every root would be started again under another id."""
-    assert identity_hash(experiment().identity, FINGERPRINT) == "a88bb8ee"
+    assert identity_hash(experiment().identity, FINGERPRINT) == "8bd196cb"
     sft = parse_experiment(SFT)
     assert identity_hash(sft.identity, FINGERPRINT) == "991bad16"
 

@@ -18,7 +18,11 @@ LORA_RANK = 16
 
 
 def facts_of(experiment: Experiment) -> dict[str, Any]:
-    """The figures of ``--json``. Bytes and FLOPs are integers; an SFT's base is not opened."""
+    """The figures of ``--json``. Bytes and FLOPs are integers; an SFT's base is not opened.
+
+    Where ``batch.micro_batch`` is ``auto``, ``accumulation`` is None and the memory is that of the
+    smallest size; ``memory_micro_batch`` says for how many samples at once it is.
+    """
     if not isinstance(experiment, Pretrain):
         batch = experiment.batch.conversations_per_step
         return {
@@ -31,12 +35,9 @@ def facts_of(experiment: Experiment) -> dict[str, Any]:
             "lora_targets": list(experiment.lora.targets),
         }
     shape = ModelShape(**experiment.model.model_dump(exclude={"init_std"}))
-    memory = training_memory(
-        shape,
-        experiment.batch.micro_batch,
-        experiment.precision != "float32",
-        experiment.sequence,
-    )
+    setting = experiment.batch.micro_batch
+    size = 1 if setting == "auto" else setting
+    memory = _memory(experiment, shape, size)
     flops = flops_per_token(shape, experiment.sequence)
     return {
         "name": experiment.name,
@@ -47,16 +48,34 @@ def facts_of(experiment: Experiment) -> dict[str, Any]:
         "steps": experiment.steps,
         "tokens": experiment.tokens,
         "tokens_per_step": experiment.batch.tokens_per_step,
-        "micro_batch": experiment.batch.micro_batch,
-        "accumulation": experiment.batch.tokens_per_step
-        // (experiment.batch.micro_batch * experiment.sequence),
+        "micro_batch": setting,
+        "accumulation": None
+        if setting == "auto"
+        else experiment.batch.tokens_per_step // (setting * experiment.sequence),
         "flops_per_token": flops,
         "flops_formula": FLOPS_FORMULA,
         "flops_total": flops * experiment.tokens,
+        "memory_micro_batch": size,
+        "recompute": experiment.recompute,
         "memory_bytes": sum(memory.values()),
         "memory_parts_bytes": memory,
         "checkpoint_bytes": 12 * parameters(shape),
     }
+
+
+def _memory(experiment: Pretrain, shape: ModelShape, size: int) -> dict[str, int]:
+    """Bytes by part for ``size`` samples at once.
+
+    With ``recompute`` the input of every block is kept (d_model elements a token), and the rest of
+    one block at a time.
+    """
+    low_precision = experiment.precision != "float32"
+    parts = training_memory(shape, size, low_precision, experiment.sequence)
+    if experiment.recompute:
+        element = 2 if low_precision else 4
+        inputs = size * experiment.sequence * shape.layers * shape.d_model * element
+        parts["activations"] = inputs + parts["activations"] // shape.layers
+    return parts
 
 
 def print_facts(facts: dict[str, Any]) -> None:
@@ -88,6 +107,10 @@ def _figure(key: str, value: Any) -> str:
         return f"{value / 2**30:.2f} GiB"
     if key.startswith("flops"):
         return f"{value:.3e}"
+    if value is None:
+        return "left to the machine"
+    if isinstance(value, bool):
+        return "on" if value else "off"
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return f"{value:,}" if isinstance(value, int) else str(value)

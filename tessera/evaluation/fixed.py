@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -70,30 +71,76 @@ def entropy(counts: npt.NDArray[np.int64]) -> float:
     return float(-(share * np.log(share)).sum())
 
 
+class Share(Protocol):
+    """Who evaluates: this rank of so many; ``sum`` adds a tensor up over all, in place."""
+
+    @property
+    def rank(self) -> int: ...  # noqa: D102
+    @property
+    def size(self) -> int: ...  # noqa: D102
+    def sum(self, tensor: Tensor) -> Tensor: ...  # noqa: D102
+
+
+class _Alone:
+    rank, size = 0, 1
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+
+ALONE: Share = _Alone()
+
+
+class Scorer(Protocol):
+    """Sums the loss of a batch: ``summed_cross_entropy`` over a model, wherever its weights are."""
+
+    def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """(B, T), (B, T) -> nats, a float32 scalar."""
+
+
+def scorer(model: ProtoGPT, compute_dtype: torch.dtype) -> Scorer:
+    """The scorer of a model that is whole on one device."""
+    device = model.tokens.weight.device
+
+    def score(inputs: Tensor, targets: Tensor) -> Tensor:
+        states = model.hidden(inputs.to(device), compute_dtype)
+        return summed_cross_entropy(states, model.tokens.weight, targets.to(device))
+
+    return score
+
+
 @torch.no_grad()
 def mean_loss(
-    model: ProtoGPT,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    compute_dtype: torch.dtype,
+    score: Scorer, batches: Iterable[tuple[Tensor, Tensor]], share: Share = ALONE
 ) -> tuple[float, int]:
-    """Nats per token over (inputs, targets) batches, each (B, T), and the targets that counted."""
-    device = model.tokens.weight.device
+    """Nats per token over (inputs, targets) batches, each (B, T), and the targets that counted.
+
+    Several ranks take every so-manyth batch and the same number of them (a sharded model needs all
+    ranks for each forward pass): who has one fewer scores one that counts nothing.
+    """
+    given = list(batches)
     total, count = 0.0, 0
-    for inputs, targets in batches:
-        states = model.hidden(inputs.to(device), compute_dtype)
-        total += float(summed_cross_entropy(states, model.tokens.weight, targets.to(device)))
+    for first in range(0, len(given), share.size):
+        place = first + share.rank
+        inputs, targets = given[min(place, len(given) - 1)]
+        if place >= len(given):
+            targets = torch.full_like(targets, IGNORE)
+        total += float(score(inputs, targets))
         count += int((targets != IGNORE).sum())
+    if share.size > 1:
+        sums = share.sum(torch.tensor([total, float(count)], dtype=torch.float64))
+        total, count = float(sums[0]), int(sums[1])
     return total / count, count
 
 
 def evaluate_fixed(
-    model: ProtoGPT, fixed: FixedEval, micro_batch: int, compute_dtype: torch.dtype
+    score: Scorer, fixed: FixedEval, micro_batch: int, share: Share = ALONE
 ) -> dict[str, float]:
     """The figures of the fixed evaluation, under the names that the journal gives them."""
     batches = zip(
         torch.split(fixed.inputs, micro_batch), torch.split(fixed.targets, micro_batch), strict=True
     )
-    loss, count = mean_loss(model, batches, compute_dtype)
+    loss, count = mean_loss(score, batches, share)
     return {
         "eval/loss": loss,
         "eval/perplexity": math.exp(loss) if loss < 700 else math.inf,

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tessera.model.shape import ModelShape
 
@@ -135,11 +136,18 @@ class Block(nn.Module):
 
 
 class ProtoGPT(nn.Module):
-    """The whole model; ``forward`` returns logits, ``hidden`` stops before the head."""
+    """The whole model; ``forward`` returns logits, ``hidden`` stops before the head.
+
+    With ``recompute`` set, only the input of each block is kept for the backward pass, which
+    computes the rest of the block again when it comes to it (Chen et al. 2016): the same numbers
+    from less memory, for one more forward pass through the blocks. Without gradients it changes
+    nothing.
+    """
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
         self.shape = shape
+        self.recompute = False
         self.tokens = nn.Embedding(shape.vocab_size, shape.d_model)
         self.positions = nn.Embedding(shape.context, shape.d_model)
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
@@ -167,8 +175,14 @@ class ProtoGPT(nn.Module):
     def hidden(self, ids: Tensor, compute_dtype: torch.dtype = torch.float32) -> Tensor:
         """Token ids (B, T) -> final normed states (B, T, C) in ``compute_dtype``."""
         x = self._embed(ids, 0, compute_dtype)
+        again = self.recompute and torch.is_grad_enabled()
         for block in self.blocks:
-            x = block(x)
+            # A block draws no random numbers, so there is no state of a generator to bring back.
+            x = (
+                checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
+                if again
+                else block(x)
+            )
         states: Tensor = self.norm(x)
         return states
 

@@ -23,16 +23,17 @@ from __future__ import annotations
 import fcntl
 import json
 import math
+import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, get_args
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
-from tessera.errors import DamagedError, TesseraError
+from tessera.errors import DamagedError, InputError, TesseraError
 from tessera.runs import Run, what_is_wrong
 from tessera.storage import Root, cache_folder, sha256_bytes
 
@@ -41,6 +42,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 HEARTBEAT = "heartbeat"
 SEGMENT_BYTES = 4 << 20
 UPLOAD_EVERY_S = 30.0
+HEARTBEAT_VARIABLE = "TESSERA_HEARTBEAT_S"
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -66,6 +68,23 @@ class Record:
 _RECORD = TypeAdapter(Record)
 
 
+def heartbeat_s(environ: Mapping[str, str] = os.environ) -> float:
+    """Seconds between uploads of the open segment: ``TESSERA_HEARTBEAT_S``, else 30."""
+    text = environ.get(HEARTBEAT_VARIABLE)
+    if not text:
+        return UPLOAD_EVERY_S
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0.05 <= value <= 3600:
+        raise InputError(
+            f"{HEARTBEAT_VARIABLE} is {text!r}; expected seconds between two uploads of the journal, "
+            "from 0.05 to 3600."
+        )
+    return value
+
+
 def _spool_folder(root: Root, run_id: str) -> Path:
     # Two roots may hold runs of the same id; the spool of one must not be adopted by the other.
     place = sha256_bytes(root.url.encode())[:16]
@@ -75,7 +94,8 @@ def _spool_folder(root: Root, run_id: str) -> Path:
 class Journal:
     """The writer of one attempt. Use ``flush`` before a publication and ``close`` at the end."""
 
-    def __init__(self, run: Run, attempt: str, *, upload_every_s: float = UPLOAD_EVERY_S) -> None:
+    def __init__(self, run: Run, attempt: str, *, upload_every_s: float | None = None) -> None:
+        """``upload_every_s``: seconds between uploads, else ``TESSERA_HEARTBEAT_S``, else 30."""
         self._run, self.attempt = run, attempt
         self._seq = 0
         self._segment = 0
@@ -89,7 +109,7 @@ class Journal:
         self._upload_lock = threading.Lock()
         self._wake = threading.Event()
         self._stopping = False
-        self._upload_every_s = upload_every_s
+        self._upload_every_s = upload_every_s or heartbeat_s()
         self._spool = _spool_folder(run.root, run.id) / attempt
         self._lock_file = self._claim_spool()
         self._file: IO[bytes] | None = None
@@ -160,6 +180,22 @@ class Journal:
     def flush(self) -> None:
         """Block until every record written so far is in the root; raises ``StoreError`` if not."""
         self._upload()
+
+    def flush_within(self, seconds: float) -> bool:
+        """``flush``, but no longer than that; whether it got there. A failing root is no error."""
+        done = threading.Event()
+
+        def upload() -> None:
+            try:
+                self._upload()
+                done.set()
+            except Exception as error:
+                self.last_error = str(error)
+
+        thread = threading.Thread(target=upload, name="journal-flush", daemon=True)
+        thread.start()
+        thread.join(seconds)
+        return done.is_set()
 
     def close(self, *, quiet: bool = False) -> None:
         """Upload what is left and stop. With ``quiet`` a failing root is not an error."""
@@ -261,6 +297,20 @@ def adopt(run: Run) -> list[str]:
         _remove_spool(spool)
         adopted.append(spool.name)
     return adopted
+
+
+def alive_here(run: Run) -> list[str]:
+    """Attempts of ``run`` whose process lives on this machine: they hold their spool's lock."""
+    folder = _spool_folder(run.root, run.id)
+    living = []
+    for spool in sorted(folder.iterdir()) if folder.is_dir() else []:
+        try:
+            _lock(spool, "rb+").close()
+        except BlockingIOError:
+            living.append(spool.name)
+        except OSError:
+            pass  # never locked, or gone in the meantime
+    return living
 
 
 def read_journal(run: Run, attempt: str) -> Iterator[Record]:

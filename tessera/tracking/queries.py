@@ -21,6 +21,7 @@ from tessera.runs import (
     FAILED,
     FINISHED,
     PREEMPTED,
+    ROLLED_BACK,
     SUPERSEDED,
     Run,
 )
@@ -42,7 +43,7 @@ Status = Literal["finished", "budget", "running", "died", "failed", "diverged", 
 STATUSES: tuple[Status, ...] = get_args(Status)
 _BY_OUTCOME: dict[str, Status] = {
     FINISHED: "finished", BUDGET: "budget", DIVERGED: "diverged",
-    PREEMPTED: "preempted", FAILED: "failed",
+    PREEMPTED: "preempted", FAILED: "failed", ROLLED_BACK: "died",
 }  # fmt: skip
 
 

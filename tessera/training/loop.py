@@ -1,47 +1,49 @@
 """The one training loop, for any ``Program``.
 
-Order of a step: take the data, forward and backward in micro-batches, clip, step the optimiser.
-Then, where due: evaluate, publish what the program publishes, checkpoint. An evaluation comes
-before the checkpoint of the same step, so that what a checkpoint covers includes it.
+Order of a step: take the data, forward and backward in micro-batches, clip, judge, step the
+optimiser unless the judgement forbids it. Then, where due: log, evaluate, publish what the program
+publishes, save. An evaluation comes before the save of the same step, so that what a checkpoint
+covers includes it.
 
-The host looks at the device only when something is due (a log point, an evaluation, a
-checkpoint): losses are summed on the device in between, so that a GPU never waits for a print. At
-each such point a loss that is not a number ends the run before anything is published from it, and
-so do weights that are not numbers.
+The host looks at the device only when something is due (a log point, an evaluation, a save):
+losses are summed and spikes are judged on the device in between, so that a GPU never waits for a
+print. Whether the run goes back is decided at log points alone: where a preemption saves cannot
+change it.
+
+With several ranks all of them run this loop; rank 0 keeps the journal and publishes.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tessera.errors import DivergedError, StoreError
+from tessera.errors import DivergedError
+from tessera.evaluation.fixed import scorer
 from tessera.ledger.forecast import forecast
-from tessera.model.loss import summed_cross_entropy
 from tessera.model.peak import Peak
 from tessera.runs import Attempt, Run
 from tessera.storage import Root
 from tessera.tracking.journal import Journal
-from tessera.training.checkpoint import guard_publication, save_checkpoint, training_state
+from tessera.training.checkpoint.fetch import Loaded
+from tessera.training.checkpoint.publish import guard_publication
+from tessera.training.checkpoint.saver import Saver
+from tessera.training.checkpoint.state import training_state
 from tessera.training.clock import SpanClock
 from tessera.training.cost import RunningCost
 from tessera.training.optim import set_learning_rate
+from tessera.training.parallel import World
+from tessera.training.preemption import StopRequest
 from tessera.training.program import Prefetcher, Program, StepBatch
 from tessera.training.progress import ProgressLine, Standing
+from tessera.training.replica import Replica
 from tessera.training.schedule import learning_rate
-
-
-@dataclass
-class StopRequest:
-    """Set from a signal handler: finish the step, save, leave."""
-
-    signal: str | None = None
+from tessera.training.stability import Skips, Watch, mean_of_applied
 
 
 @dataclass
@@ -55,18 +57,19 @@ class Session:
     line: ProgressLine
     peak: Peak
     stop: StopRequest
+    world: World
 
 
 @dataclass
 class _Interval:
-    """What has happened since the last log point: the sum of the losses, and how fast it went.
+    """What has happened since the last log point: the losses of applied steps, and how fast it went.
 
-    Loss and steps travel with a checkpoint, so that the mean at the next log point is the one of an
+    Sum and count travel with a checkpoint, so that the mean at the next log point is the one of an
     undisturbed run; the clock starts anew with each attempt and after a compilation.
     """
 
     loss: Tensor
-    steps: int = 0
+    applied: Tensor
     timed_steps: int = 0
     timed_tokens: int = 0
     since: float = field(default_factory=time.monotonic)
@@ -84,84 +87,126 @@ class Loop:
         self,
         session: Session,
         program: Program,
+        replica: Replica,
         optimizer: torch.optim.Optimizer,
         *,
-        done: int = 0,
-        state: Mapping[str, Any] | None = None,
+        skips: Skips,
+        watch: Watch,
+        loaded: Loaded | None = None,
     ) -> None:
-        """``state`` is what the checkpoint of step ``done`` recorded beside its tensors."""
-        self._s, self._program, self._optimizer = session, program, optimizer
+        """``loaded`` is the checkpoint whose tensors were restored; None at the very start."""
+        done, state = (loaded.ref.step, loaded.state) if loaded else (0, None)
+        self.session = session
+        self._s, self._program, self._replica = session, program, replica
+        self._optimizer = optimizer
         self._experiment = program.experiment
         self.done, self.tokens = done, int(state["tokens"]) if state else 0
-        self.saved_at = done
+        self.skips, self._watch = skips, watch
         self._compiles = compiles(program)
-        # Compiled, the soft-max needs no float32 copy of the logits: 4 GB a micro-batch at 1B.
-        self._loss = torch.compile(summed_cross_entropy) if self._compiles else summed_cross_entropy
         self._clock = SpanClock(session.journal)
-        self._cost = RunningCost(session.run, session.attempt)
+        self._cost = RunningCost(session.run, session.attempt) if session.world.is_main else None
         self._interval = self._fresh_interval()
         if state:
             self._interval.loss += state["interval"]["loss"]
-            self._interval.steps = int(state["interval"]["steps"])
+            self._interval.applied += state["interval"]["applied"]
+        self.saver = Saver(
+            session.run, session.attempt, session.journal, session.world,
+            self._experiment.checkpoint, session.line.say, loaded,
+        )  # fmt: skip
         self._grad_norm: Tensor | None = None
+        self._lr = 0.0
         self._began, self._began_at = time.monotonic(), done
 
     def run(self) -> int:
-        """Train until the last step or a stop request; everything due is published on the way."""
+        """Train until the last step or a stop request; everything due is published on the way.
+
+        Raises ``GoBackError`` where the run has to continue from an earlier checkpoint.
+        """
         self._s.journal.span("setup", time.time() - self._s.attempt.started_at, self.done)
+        self._clock = SpanClock(self._s.journal)
+        if self._program.device.type == "cuda":
+            with self._clock.filing("checkpoint"):
+                self.saver.prepare(self._tensors())
         if self.done == 0:
             self._evaluate_if_due()
-        data = Prefetcher(self._program, self.done) if self.done < self._program.steps else None
+        self._train()
+        if self._stopping() and self.done < self._program.steps:
+            self._leave()
+        else:
+            with self._clock.filing("checkpoint"):
+                self.saver.finish()
+        self.saver.check()
+        self._clock.report(self.done)
+        return self.done
+
+    def _train(self) -> None:
+        if self.done >= self._program.steps:
+            return
+        data = Prefetcher(self._program, self.done, self.skips.first_sample)
         first = True
         try:
-            while data is not None and self.done < self._program.steps and not self._s.stop.signal:
+            while self.done < self._program.steps and not self._stopping():
+                self.saver.check()
                 with self._clock.filing("data_wait"):
                     batch = data.take(self.done)
                 if first and self._compiles:
                     with self._clock.filing("compile"):
-                        self._step(batch)
+                        took = self._step(batch)
                         self._settle()
                     self._interval.restart_clock()
                     self._began, self._began_at = time.monotonic(), self.done
                 else:
-                    self._step(batch)
+                    took = self._step(batch)
+                if not took:
+                    break
                 first = False
                 self._after_step()
         finally:
-            if data is not None:
-                data.close()
-        if self._s.stop.signal and self.saved_at < self.done < self._program.steps:
-            self._save()
-        self._clock.report(self.done)
-        return self.done
+            data.close()
+
+    def _stopping(self) -> bool:
+        return self._s.world.any(self._s.stop.signal is not None)
+
+    def _leave(self) -> None:
+        """Journal, local checkpoint, upload: in this order, within the grace period."""
+        stop = self._s.stop
+        deadline = time.monotonic() + 0.9 * stop.left_s()  # the rest is for the ending
+        with self._clock.filing("checkpoint"):
+            self._settle()
+            self._clock.report(self.done)
+            self._s.journal.flush_within(max(0.1, deadline - time.monotonic()))
+            self.saver.save_last(self.done, self._tensors, self._state, deadline)
 
     # -- one step --------------------------------------------------------------------------------
 
-    def _step(self, batch: StepBatch) -> None:
-        program, settings = self._program, self._experiment.optimizer
+    def _step(self, batch: StepBatch) -> bool:
+        """One optimiser step; False if a stop request came between two micro-batches."""
+        program, settings, world = self._program, self._experiment.optimizer, self._s.world
         lr = learning_rate(self._experiment.schedule, settings.lr, self.done, program.steps)
         set_learning_rate(self._optimizer, lr)
         total = torch.zeros((), device=program.device)
-        for inputs, targets in batch.micro:
+        for number, (inputs, targets) in enumerate(batch.micro, 1):
+            last = number == len(batch.micro)
             inputs = inputs.to(program.device, non_blocking=True)
             targets = targets.to(program.device, non_blocking=True)
-            states = program.model.hidden(inputs, program.compute_dtype)
-            loss = self._loss(states, program.model.tokens.weight, targets)
-            loss = loss / batch.targets
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
-        self._grad_norm = torch.nn.utils.clip_grad_norm_(
-            list(program.trainable.values()), settings.clip_norm
-        )
+            total += self._replica.micro_step(inputs, targets, batch.targets, last)
+            if self._s.stop.signal and not last and world.size == 1:
+                self._optimizer.zero_grad(set_to_none=True)
+                return False
+        world.sum(total)
+        self._grad_norm = self._replica.clip(settings.clip_norm)
+        bad = self._watch.judge(self.done + 1, total, self._grad_norm)
+        self._optimizer.found_inf = bad  # type: ignore[attr-defined]  # fused: 1.0 leaves all as is
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self.done += 1
         self.tokens += batch.tokens
-        self._interval.loss += total
-        self._interval.steps += 1
+        self._interval.loss += torch.where(bad > 0, 0.0, total)
+        self._interval.applied += 1.0 - bad
         self._interval.timed_steps += 1
         self._interval.timed_tokens += batch.tokens
         self._lr = lr
+        return True
 
     def _after_step(self) -> None:
         last = self.done == self._program.steps
@@ -169,40 +214,47 @@ class Loop:
             self._log()
         self._evaluate_if_due()
         self._publish_if_due()
-        if not last and self.done % self._experiment.checkpoint.every_steps == 0:
+        if not last and self.saver.due(self.done):
             self._save()
 
     # -- what is due -----------------------------------------------------------------------------
 
     def _settle(self) -> float:
-        """Wait for the device; the mean loss since the last log point, which must be a number."""
-        loss = float(self._interval.loss) / max(1, self._interval.steps)
-        if not math.isfinite(loss):
-            raise self._diverged(f"The loss became {loss}")
-        return loss
+        """Wait for the device; the mean loss since the last log point, NaN if no step counted."""
+        for verdict in self._watch.read():
+            if verdict.applied:
+                continue
+            first, end = self.skips.note(verdict)
+            self._s.journal.event(
+                "stability/skipped", verdict.step, loss=verdict.loss, grad_norm=verdict.norm,
+                first_sample=first, end_sample=end,
+            )  # fmt: skip
+            self._s.line.say(
+                f"step {verdict.step} was not applied: loss {verdict.loss:.4g}, gradient norm "
+                f"{verdict.norm:.4g}; its samples {first} to {end - 1} are skipped"
+            )
+        return mean_of_applied(float(self._interval.loss), float(self._interval.applied))
 
     def _require_finite_weights(self) -> None:
-        """A step may break the weights though its loss was a number; then nothing is published."""
-        weights = self._program.trainable.values()
-        if not bool(torch.stack([weight.isfinite().all() for weight in weights]).all()):
-            raise self._diverged("The weights are no longer finite")
-
-    def _diverged(self, what: str) -> DivergedError:
-        self._s.journal.event("run/diverged", self.done, reason=what)
-        return DivergedError(
-            f"{what} at step {self.done} of run {self._s.run.id}; lower optimizer.lr or "
-            "optimizer.clip_norm and start again with --new."
-        )
+        """Nothing is published from weights that are not numbers, however they came to be so."""
+        if not self._replica.finite():
+            raise DivergedError(
+                f"The weights are no longer finite at step {self.done} of run {self._s.run.id}; "
+                "lower optimizer.lr or optimizer.clip_norm and start again with --new."
+            )
 
     def _log(self) -> None:
         loss = self._settle()
         self._clock.report(self.done)
         interval, journal, step = self._interval, self._s.journal, self.done
-        usd = self._cost.usd()
-        journal.metric("train/loss", loss, step)
+        usd = self._cost.usd() if self._cost else None
+        if math.isfinite(loss):
+            journal.metric("train/loss", loss, step)
         journal.metric("train/lr", self._lr, step)
         journal.metric("train/grad_norm", float(self._grad_norm), step)  # type: ignore[arg-type]
         journal.metric("progress/tokens", self.tokens, step)
+        if self.skips.skipped:
+            journal.metric("train/skipped_steps", len(self.skips.skipped), step)
         if self._program.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self._program.device) / 2**30
             journal.metric("system/gpu_peak_gib", peak, step)
@@ -211,12 +263,14 @@ class Loop:
         if interval.timed_steps:
             self._show_speed(interval, loss, usd)
         self._interval = self._fresh_interval()
+        self.skips.judge(self.done)
 
     def _show_speed(self, interval: _Interval, loss: float, usd: float | None) -> None:
         journal, step = self._s.journal, self.done
         elapsed = time.monotonic() - interval.since
         speed = interval.timed_tokens / elapsed
-        mfu = self._program.flops_per_token * speed / self._s.peak.flops
+        peak = self._s.peak.flops * self._s.world.size
+        mfu = self._program.flops_per_token * speed / peak
         journal.metric("train/tokens_per_s", speed, step)
         journal.metric("train/mfu", mfu, step)
         ahead = forecast(
@@ -238,7 +292,9 @@ class Loop:
             return
         self._settle()
         with self._clock.filing("evaluate"), self._aside():
-            figures = self._program.evaluate(self.done)
+            with self._replica.evaluating() as model:
+                score = scorer(model, self._program.compute_dtype)
+                figures = self._program.evaluate(self.done, score)
         for key, value in figures.items():
             self._s.journal.metric(key, value, self.done)
         shown = "  ".join(f"{key} {value:.4f}" for key, value in figures.items())
@@ -250,42 +306,55 @@ class Loop:
         self._settle()
         self._require_finite_weights()
         with self._clock.filing("checkpoint"), self._aside():
-            guard_publication(self._s.run, self._s.attempt)
-            key, details = self._program.publish(self._s.run, self.done)
+            weights = self._replica.full_state()
+
+            def publish() -> tuple[str, dict[str, Any]]:
+                guard_publication(self._s.run, self._s.attempt)
+                return self._program.publish(self._s.run, self.done, weights)
+
+            key, details = self._s.world.run_on_main(publish)
         self._s.journal.event(key, self.done, **details)
 
     def _save(self) -> None:
         self._settle()
         self._require_finite_weights()
         with self._clock.filing("checkpoint"), self._aside():
-            try:
-                save_checkpoint(
-                    self._s.run,
-                    self._s.attempt,
-                    self._s.journal,
-                    step=self.done,
-                    tensors=training_state(self._program.trainable, self._optimizer),
-                    state=self._state(),
-                    keep=self._experiment.checkpoint.keep,
-                )
-            except StoreError as error:
-                # A full disk or a store that is down costs a checkpoint, not the run.
-                self._s.journal.event("checkpoint/failed", self.done, reason=str(error))
-                self._s.line.say(f"no checkpoint at step {self.done}: {error}")
-                return
-        self.saved_at = self.done
+            self.saver.save(self.done, self._tensors, self._state)
         self._clock.report(self.done)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The whole training state; see ``checkpoint.state``."""
+        return training_state(
+            self._replica.trainable,
+            dict(self._program.model.named_buffers()),
+            self._optimizer,
+            self._watch.tensors(),
+            rank=self._s.world.rank,
+        )
 
     def _state(self) -> dict[str, Any]:
         """What a checkpoint records beside its tensors; a float32 survives JSON to the last bit."""
-        interval = {"loss": float(self._interval.loss), "steps": self._interval.steps}
-        fingerprint = self._s.run.record.fingerprint
-        return {"tokens": self.tokens, "fingerprint": fingerprint, "interval": interval}
+        return {
+            "tokens": self.tokens,
+            "fingerprint": self._s.run.record.fingerprint,
+            "interval": {
+                "loss": float(self._interval.loss), "applied": float(self._interval.applied),
+            },
+            "samples": self.skips.state(),
+            "plan": {"steps": self._program.steps, "sized_by": "tokens"},
+            "ledger": {
+                "records": self._s.journal.written,
+                "usd": self._cost.usd() if self._cost else None,
+            },
+            "micro_batch": self._program.micro_batch,
+            "ranks": self._s.world.size,
+        }  # fmt: skip
 
     # -- small things ----------------------------------------------------------------------------
 
     def _fresh_interval(self) -> _Interval:
-        return _Interval(torch.zeros((), device=self._program.device))
+        device = self._program.device
+        return _Interval(torch.zeros((), device=device), torch.zeros((), device=device))
 
     def _aside(self) -> _Aside:
         return _Aside(self._interval)

@@ -13,7 +13,11 @@ from tessera.experiment import Optimizer
 def build_optimizer(
     settings: Optimizer, parameters: Mapping[str, nn.Parameter]
 ) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019) over the trainable parameters; fused on a GPU."""
+    """AdamW (Loshchilov & Hutter 2019) over the trainable parameters.
+
+    Always the fused one: it alone heeds ``found_inf``, a scalar on the device that forbids a step
+    without the host's looking at it.
+    """
     decayed = [p for p in parameters.values() if p.ndim >= 2]
     plain = [p for p in parameters.values() if p.ndim < 2]
     groups = [
@@ -25,7 +29,7 @@ def build_optimizer(
         lr=settings.lr,
         betas=settings.betas,
         eps=settings.eps,
-        fused=next(iter(parameters.values())).is_cuda,
+        fused=True,
     )
 
 

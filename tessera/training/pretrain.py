@@ -5,17 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tessera.corpus.manifest import Manifest
 from tessera.corpus.tokenizer import Tokenizer
 from tessera.errors import InputError
-from tessera.evaluation.fixed import evaluate_fixed, fixed_windows
-from tessera.experiment import Model, Pretrain
+from tessera.evaluation.fixed import Scorer, evaluate_fixed, fixed_windows
+from tessera.experiment import Experiment, Model, Pretrain
 from tessera.model.protogpt import ProtoGPT
-from tessera.model.shape import ModelShape, flops_per_token
+from tessera.model.shape import ModelShape, flops_per_token, training_memory
 from tessera.runs import Run
 from tessera.storage import Root
 from tessera.training.loader import SampleLoader, ShardStore, evaluation_tokens
+from tessera.training.parallel import World
 from tessera.training.program import Program, StepBatch
 from tessera.training.publish import publish_model
 
@@ -35,7 +37,7 @@ class PretrainProgram(Program):
         experiment: Pretrain,
         root: Root,
         manifest: Manifest,
-        device: torch.device,
+        world: World,
         compute_dtype: torch.dtype,
     ) -> None:
         """Raises ``InputError`` where the experiment and the corpus do not fit together."""
@@ -45,11 +47,21 @@ class PretrainProgram(Program):
                 f"{experiment.model.vocab_size}, the tokenizer of corpus {manifest.name} has "
                 f"{manifest.tokenizer.vocab_size} entries; make them equal."
             )
-        self.experiment = experiment
+        self.experiment, self.world = experiment, world
+        self._sequence = experiment.sequence
         self.steps = experiment.steps
-        self.device, self.compute_dtype = device, compute_dtype
+        self.samples_per_step = experiment.batch.tokens_per_step // experiment.sequence
+        if self.samples_per_step % world.size:
+            raise InputError(
+                f"{experiment.origin('batch.tokens_per_step')}: the {self.samples_per_step} "
+                f"sequences of a step do not divide among {world.size} GPUs; use a number of GPUs "
+                "that divides them, or change batch.tokens_per_step."
+            )
+        self.micro_batch = first_micro_batch(experiment)
+        self.device, self.compute_dtype = world.device, compute_dtype
         self.tokenizer = Tokenizer.from_bytes(root.read_bytes(manifest.tokenizer.path))
-        store = ShardStore(root, manifest)
+        limit = int(experiment.data.cache_gib * 2**30)
+        self._store = store = ShardStore(root, manifest, limit_bytes=limit)
         self._loader = SampleLoader(
             store, experiment.sequence, experiment.seed, manifest.fingerprint
         )
@@ -69,24 +81,25 @@ class PretrainProgram(Program):
         self.flops_per_token = flops_per_token(shape, experiment.sequence)
         self.model = ProtoGPT(shape)
         self.model.initialize(experiment.seed, experiment.model.init_std)
-        self.model.to(device)
+        self.model.recompute = experiment.recompute
+        self.model.to(self.device)
         self.trainable = dict(self.model.named_parameters())
 
-    def batch(self, step: int) -> StepBatch:
-        """The samples of ``step``: consecutive numbers of the sample order."""
-        size = self.experiment.batch
-        samples = size.tokens_per_step // self.experiment.sequence
-        inputs, targets = self._loader.batch(step * samples, samples)
+    def batch(self, first: int) -> StepBatch:
+        """This rank's samples: consecutive numbers of the sample order."""
+        own = self.samples_per_rank
+        inputs, targets = self._loader.batch(first + self.world.rank * own, own)
         if self.device.type == "cuda":
             inputs, targets = inputs.pin_memory(), targets.pin_memory()
-        micro = list(
-            zip(
-                torch.split(inputs, size.micro_batch),
-                torch.split(targets, size.micro_batch),
-                strict=True,
-            )
-        )
-        return StepBatch(micro, size.tokens_per_step, size.tokens_per_step)
+        width = self.micro_batch
+        micro = list(zip(torch.split(inputs, width), torch.split(targets, width), strict=True))
+        tokens = self.experiment.batch.tokens_per_step
+        return StepBatch(micro, tokens, tokens)
+
+    def dummy(self, size: int) -> tuple[Tensor, Tensor]:
+        """(size, T) of one token; memory does not depend on which."""
+        ids = torch.zeros(size, self.experiment.sequence, dtype=torch.int64)
+        return ids, ids
 
     def evaluates_after(self, done: int) -> bool:
         """Every ``evaluation.every_steps``, and after the last step."""
@@ -94,17 +107,32 @@ class PretrainProgram(Program):
             done % self.experiment.evaluation.every_steps == 0 or done == self.steps
         )
 
-    def evaluate(self, done: int) -> dict[str, float]:
+    def evaluate(self, done: int, score: Scorer) -> dict[str, float]:
         """Nats per token, perplexity and bits per byte on the frozen split."""
-        return evaluate_fixed(
-            self.model, self._fixed, self.experiment.batch.micro_batch, self.compute_dtype
-        )
+        return evaluate_fixed(score, self._fixed, self.micro_batch, self.world)
 
     def publishes_after(self, done: int) -> bool:
         """The base model is published once, at the end."""
         return done == self.steps
 
-    def publish(self, run: Run, done: int) -> tuple[str, dict[str, Any]]:
+    def publish(
+        self, run: Run, done: int, weights: dict[str, Tensor]
+    ) -> tuple[str, dict[str, Any]]:
         """``model/`` and its weights digest."""
-        digest = publish_model(run, self.model, self.tokenizer)
+        digest = publish_model(run, self.model.shape, weights, self.tokenizer)
         return "model/published", {"weights_digest": digest}
+
+    def estimate_bytes(self, size: int) -> int:
+        """See ``training_memory``."""
+        low = self.compute_dtype != torch.float32
+        return sum(training_memory(self.model.shape, size, low, self._sequence).values())
+
+    def close(self) -> None:
+        """Stop fetching shards."""
+        self._store.close()
+
+
+def first_micro_batch(experiment: Experiment) -> int:
+    """The size until ``auto`` is resolved."""
+    size = experiment.batch.micro_batch
+    return 1 if size == "auto" else size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -10,16 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tessera.evaluation.fixed import Scorer
 from tessera.experiment import Experiment
 from tessera.model.protogpt import ProtoGPT
 from tessera.runs import Run
+from tessera.training.parallel import World
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """One optimiser step: micro-batches of (inputs, targets), each (B, T) int64.
+    """This rank's part of an optimiser step: micro-batches of (inputs, targets), (B, T) int64 each.
 
-    ``tokens`` went through the model (padding not counted), ``targets`` of them count in the loss.
+    ``tokens`` go through the model on all ranks together (padding not counted), ``targets`` of them
+    count in the loss. Every rank has the same number of micro-batches.
     """
 
     micro: list[tuple[Tensor, Tensor]]
@@ -34,45 +38,79 @@ class Program(ABC):
     model: ProtoGPT
     trainable: dict[str, nn.Parameter]
     steps: int
+    samples_per_step: int
+    micro_batch: int
+    world: World
     device: torch.device
     compute_dtype: torch.dtype
     flops_per_token: int
 
     @abstractmethod
-    def batch(self, step: int) -> StepBatch:
-        """The data of optimiser step ``step`` (0-based); a pure function, called from a thread."""
+    def batch(self, first: int) -> StepBatch:
+        """The step's data from global sample ``first`` on; a pure function, called from a thread.
+
+        ``first`` is a multiple of ``samples_per_step``.
+        """
+
+    @abstractmethod
+    def dummy(self, size: int) -> tuple[Tensor, Tensor]:
+        """A micro-batch of ``size`` sequences as long as they come: (size, T) inputs, targets."""
+
+    @property
+    def samples_per_rank(self) -> int:
+        """Sequences of one optimiser step on one rank."""
+        return -(-self.samples_per_step // self.world.size)
 
     @abstractmethod
     def evaluates_after(self, done: int) -> bool:
         """Whether to evaluate once ``done`` steps are done (0: before the first)."""
 
     @abstractmethod
-    def evaluate(self, done: int) -> dict[str, float]:
-        """The evaluation's figures, under the journal's names."""
+    def evaluate(self, done: int, score: Scorer) -> dict[str, float]:
+        """The evaluation's figures, under the journal's names; every rank calls it."""
 
     @abstractmethod
     def publishes_after(self, done: int) -> bool:
         """Whether something for others is due once ``done`` steps are done."""
 
     @abstractmethod
-    def publish(self, run: Run, done: int) -> tuple[str, dict[str, Any]]:
-        """Publish it; returns the key and the details of its journal event."""
+    def publish(
+        self, run: Run, done: int, weights: dict[str, Tensor]
+    ) -> tuple[str, dict[str, Any]]:
+        """Publish it; returns the key and the details of its journal event.
+
+        ``weights`` are those of the whole model, float32 on the CPU, under the model's names.
+        """
+
+    @abstractmethod
+    def estimate_bytes(self, size: int) -> int:
+        """Peak memory of a training step in micro-batches of ``size``, by arithmetic."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of files and threads."""
 
 
 class Prefetcher:
-    """Prepares the next step's data in a thread while the device works on the present one."""
+    """Prepares the next step's data in a thread while the device works on the present one.
 
-    def __init__(self, program: Program, first: int) -> None:
-        self._program = program
+    ``first_sample`` says where a step (0-based) begins; a pure function.
+    """
+
+    def __init__(self, program: Program, step: int, first_sample: Callable[[int], int]) -> None:
+        self._program, self._first_sample = program, first_sample
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="loader")
-        self._next: Future[StepBatch] = self._pool.submit(program.batch, first)
+        self._next: Future[StepBatch] = self._order(step)
 
     def take(self, step: int) -> StepBatch:
         """The data of ``step``; steps are taken one after the other."""
         batch = self._next.result()
         if step + 1 < self._program.steps:
-            self._next = self._pool.submit(self._program.batch, step + 1)
+            self._next = self._order(step + 1)
         return batch
+
+    def _order(self, step: int) -> Future[StepBatch]:
+        return self._pool.submit(self._program.batch, self._first_sample(step))
 
     def close(self) -> None:
         """Let the thread end."""

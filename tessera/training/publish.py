@@ -18,18 +18,17 @@ from tessera.experiment import Lora
 from tessera.model.digest import weights_digest
 from tessera.model.lora import lora_state, peft_config
 from tessera.model.protogpt import ProtoGPT
+from tessera.model.shape import ModelShape
 from tessera.runs import Run
 
 
-def publish_model(run: Run, model: ProtoGPT, tokenizer: Tokenizer) -> str:
-    """Write ``model/``: float32 weights, sizes, tokenizer, digest. Returns the weights digest."""
-    state = {
-        name: tensor.detach().float().cpu().contiguous()
-        for name, tensor in model.state_dict().items()
-    }
+def publish_model(
+    run: Run, shape: ModelShape, state: dict[str, Tensor], tokenizer: Tokenizer
+) -> str:
+    """Write ``model/``: weights (float32, CPU), sizes, tokenizer, digest; returns the digest."""
     digest = weights_digest(state)
     _put_tensors(run, "model/model.safetensors", state)
-    run.root.publish_json(run.path("model/config.json"), shape_to_json(model.shape))
+    run.root.publish_json(run.path("model/config.json"), shape_to_json(shape))
     run.root.publish(run.path("model/tokenizer.json"), tokenizer.to_bytes())
     run.root.publish_json(run.path("model", SIDECAR), {"weights_digest": digest})
     return digest

@@ -13,14 +13,15 @@ from torch import Tensor
 from tessera.corpus.chat import Conversation, read_conversations, render, split_holdout
 from tessera.corpus.tokenizer import Tokenizer
 from tessera.errors import InputError
-from tessera.evaluation.fixed import mean_loss
+from tessera.evaluation.fixed import Scorer, mean_loss
 from tessera.evaluation.weights import Base
 from tessera.experiment import Sft
 from tessera.model.lora import add_lora
 from tessera.model.loss import IGNORE
-from tessera.model.shape import flops_per_token, parameters
+from tessera.model.shape import flops_per_token, parameters, training_memory
 from tessera.runs import Run
 from tessera.training.order import derive_key, permute
+from tessera.training.parallel import World
 from tessera.training.program import Program, StepBatch
 from tessera.training.publish import publish_adapter
 
@@ -79,12 +80,17 @@ class SftProgram(Program):
         experiment: Sft,
         base: Base,
         fingerprint: str,
-        device: torch.device,
+        world: World,
         compute_dtype: torch.dtype,
     ) -> None:
         """Raises ``InputError`` for conversations that cannot be used."""
-        self.experiment, self.base = experiment, base
-        self.device, self.compute_dtype = device, compute_dtype
+        if experiment.parallel == "fsdp":
+            raise InputError(
+                f"{experiment.origin('parallel')}: parallel is fsdp, but an adapter's state is "
+                "small and every GPU holds the whole base; use ddp or auto."
+            )
+        self.experiment, self.base, self.world = experiment, base, world
+        self.device, self.compute_dtype = world.device, compute_dtype
         self._fingerprint = fingerprint
         self._pad = base.tokenizer.end_of_text_id
         files = [Path(name) for name in experiment.data.conversations]
@@ -101,13 +107,16 @@ class SftProgram(Program):
         self.truncated = sum(
             len(render(c.messages, base.tokenizer)[0]) > context + 1 for c in conversations
         )
-        self._per_step = experiment.batch.conversations_per_step
+        self._per_step = self.samples_per_step = experiment.batch.conversations_per_step
+        size = experiment.batch.micro_batch
+        self.micro_batch = 1 if size == "auto" else size
         self.steps_per_epoch = -(-len(self.examples) // self._per_step)
         self.steps = self.steps_per_epoch * experiment.epochs
         self.model = base.model
         lora = experiment.lora
         add_lora(self.model, lora.rank, lora.alpha, experiment.seed, lora.targets)
-        self.model.to(device)
+        self.model.recompute = experiment.recompute
+        self.model.to(self.device)
         self.trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         # Frozen weights need no gradient of their own: forward and the gradient of activations.
         shape = base.model.shape
@@ -116,43 +125,64 @@ class SftProgram(Program):
             parameters(shape) - shape.context * shape.d_model
         )
 
-    def batch(self, step: int) -> StepBatch:
-        """The conversations of ``step``; each epoch is a fresh permutation."""
-        epoch, place = divmod(step, self.steps_per_epoch)
+    def batch(self, first: int) -> StepBatch:
+        """This rank's conversations of the step; each epoch is a fresh permutation.
+
+        A rank that has none left trains on one that counts nothing.
+        """
+        epoch, place = divmod(first // self._per_step, self.steps_per_epoch)
         key = derive_key(self.experiment.seed, self._fingerprint, epoch)
         size = len(self.examples)
-        first = place * self._per_step
+        begin = place * self._per_step
         chosen = [
             self.examples[permute(i, size, key)]
-            for i in range(first, min(first + self._per_step, size))
+            for i in range(begin, min(begin + self._per_step, size))
         ]
-        width = self.experiment.batch.micro_batch
-        micro = [collate(chosen[i : i + width], self._pad) for i in range(0, len(chosen), width)]
+        ranks, width = self.world.size, self.micro_batch
+        blank = Example(chosen[0].inputs, [IGNORE] * len(chosen[0].inputs))
+        padded = chosen + [blank] * (-len(chosen) % ranks)
+        own = padded[self.world.rank :: ranks]
         return StepBatch(
-            micro,
+            [collate(own[i : i + width], self._pad) for i in range(0, len(own), width)],
             tokens=sum(len(example.inputs) for example in chosen),
             targets=sum(example.learned for example in chosen),
         )
+
+    def dummy(self, size: int) -> tuple[Tensor, Tensor]:
+        """``size`` copies of the longest conversation."""
+        longest = max(self.examples, key=lambda example: len(example.inputs))
+        return collate([longest] * size, self._pad)
+
+    def estimate_bytes(self, size: int) -> int:
+        """See ``training_memory``; an upper bound, since only the adapter has gradients."""
+        low = self.compute_dtype != torch.float32
+        longest = max(len(example.inputs) for example in self.examples)
+        return sum(training_memory(self.model.shape, size, low, longest).values())
+
+    def close(self) -> None:
+        """Nothing is open."""
 
     def evaluates_after(self, done: int) -> bool:
         """Before the first step (a fresh adapter is the base itself) and after every epoch."""
         return done % self.steps_per_epoch == 0
 
-    def evaluate(self, done: int) -> dict[str, float]:
+    def evaluate(self, done: int, score: Scorer) -> dict[str, float]:
         """Nats per assistant token on the held-out conversations."""
-        width = self.experiment.batch.micro_batch
+        width = self.micro_batch
         batches = [
             collate(self.held_out[i : i + width], self._pad)
             for i in range(0, len(self.held_out), width)
         ]
-        loss, _ = mean_loss(self.model, batches, self.compute_dtype)
+        loss, _ = mean_loss(score, batches, self.world)
         return {"eval/loss": loss} | ({"eval/base_loss": loss} if done == 0 else {})
 
     def publishes_after(self, done: int) -> bool:
         """An adapter is published after every epoch."""
         return done > 0 and done % self.steps_per_epoch == 0
 
-    def publish(self, run: Run, done: int) -> tuple[str, dict[str, Any]]:
+    def publish(
+        self, run: Run, done: int, weights: dict[str, Tensor]
+    ) -> tuple[str, dict[str, Any]]:
         """``adapters/ep1``, ``ep2``, ..."""
         name = f"ep{done // self.steps_per_epoch}"
         digest = publish_adapter(run, name, self.model, self.experiment.lora, self.base)

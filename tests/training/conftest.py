@@ -31,7 +31,8 @@ from tessera.model.peak import Peak
 from tessera.runs import Attempt, Ending, Run, list_runs
 from tessera.storage import Root
 from tessera.tracking.journal import Record, read_journal
-from tessera.training import session
+from tessera.training import attempt, session
+from tessera.training.checkpoint.saver import Saver
 from tessera.training.loop import Loop
 
 STEPS = 30
@@ -251,10 +252,10 @@ class Bench:
         """Do something when optimiser step ``step`` (1-based) is about to be taken."""
         plain = Loop._step
 
-        def disturbed(loop: Loop, batch: Any) -> None:
+        def disturbed(loop: Loop, batch: Any) -> bool:
             if loop.done + 1 == step:
                 act(loop)
-            plain(loop, batch)
+            return plain(loop, batch)
 
         patch.setattr(Loop, "_step", disturbed)
 
@@ -268,6 +269,10 @@ class Bench:
             self.before_step(step, pull, patch)
             with pytest.raises(RuntimeError, match="the plug"):
                 self.train(*overrides, name=name)
+
+    def forget_local(self) -> None:
+        """The next attempt runs on another machine: nothing is there but what is in the root."""
+        shutil.rmtree(self.cache, ignore_errors=True)
 
     def move(self) -> None:
         """Put the root somewhere else."""
@@ -334,9 +339,24 @@ def _one_quiet_thread() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         # Half of a tiny run would be the measurement of this machine's peak.
         peak = Peak(1e12, "the tests")
-        patch.setattr(session, "peak_flops", lambda device, dtype: peak)
+        patch.setattr(attempt, "peak_flops", lambda device, dtype: peak)
         yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _a_store_that_keeps_up() -> Iterator[None]:
+    """In this process every save is over before the next step; steps here take milliseconds."""
+    plain = Saver.save
+
+    def save(saver: Saver, *arguments: Any) -> bool:
+        taken = plain(saver, *arguments)
+        saver.finish()
+        return taken
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Saver, "save", save)
+        yield
 
 
 @pytest.fixture(scope="session")

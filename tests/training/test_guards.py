@@ -10,8 +10,9 @@ import pytest
 
 from tessera.errors import DamagedError, InputError, StoreError, SupersededError
 from tessera.runs import FINISHED, Ending
-from tessera.training import checkpoint
-from tessera.training.checkpoint import fetch_checkpoint, guard_publication
+from tessera.training.checkpoint import fetch, publish
+from tessera.training.checkpoint.fetch import fetch_checkpoint
+from tessera.training.checkpoint.publish import guard_publication
 from tests.training.conftest import Bench
 
 
@@ -37,8 +38,11 @@ def test_a_cut_off_shard_is_refused_before_the_run_is_recorded(bench: Bench) -> 
 def test_dollars_of_another_run_on_the_instance_are_not_counted_again(bench: Bench) -> None:
     """Both attempts say that the bill began an hour ago; the first one owns that hour."""
     place = bench.place()
-    bench.place = lambda: replace(place, billed_from=place.started_at - 3600)  # type: ignore[method-assign]
+    earlier = replace(place, billed_from=place.started_at - 3600, started_at=place.started_at - 1)
+    bench.place = lambda: earlier  # type: ignore[method-assign]
     first = bench.train("price.usd_per_hour=1", "seed=1").run
+    later = replace(earlier, started_at=place.started_at)
+    bench.place = lambda: later  # type: ignore[method-assign]
     second = bench.train("price.usd_per_hour=1", "seed=2").run
     assert first.id != second.id
     dollars = [max(bench.points(run, "cost/usd").values()) for run in (first, second)]
@@ -62,10 +66,10 @@ def test_half_a_checkpoint_of_a_dead_attempt_goes_with_the_next_publication(benc
 def test_a_checkpoint_counts_even_if_tidying_up_after_it_fails(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise StoreError("the store went away")
 
-    monkeypatch.setattr(checkpoint, "_retain", fail)
+    monkeypatch.setattr(publish, "tidy", fail)
     run = bench.train().run
     assert bench.checkpoints(run) == [25, 20, 15, 10, 5]
     assert bench.events(run, "checkpoint/failed") == []
@@ -77,16 +81,16 @@ def test_a_checkpoint_that_a_living_attempt_dropped_is_not_called_damaged(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench.crash(17)
+    bench.forget_local()
     run = bench.only_run()
-    read = checkpoint._read_complete
+    check = fetch.check_record
 
-    def dropped(of: Any, ref: Any) -> dict[str, Any]:
-        record = read(of, ref)
-        if ref.step == 15:  # between listing and fetching, another attempt's retention ran
-            run.root.delete_tree(run.path(ref.folder))
-        return record
+    def dropped(record: Any, where: str) -> dict[str, Any]:
+        if "/step-15-" in where:  # between listing and fetching, another attempt's retention ran
+            run.root.delete_tree(where.split("/COMPLETE")[0])
+        return check(record, where)
 
-    monkeypatch.setattr(checkpoint, "_read_complete", dropped)
+    monkeypatch.setattr(fetch, "check_record", dropped)
     loaded, notes = fetch_checkpoint(run)
     assert loaded is not None
     assert (loaded.ref.step, notes) == (10, [])
@@ -94,6 +98,7 @@ def test_a_checkpoint_that_a_living_attempt_dropped_is_not_called_damaged(
 
 def test_an_outage_is_not_taken_for_damage(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.crash(17)
+    bench.forget_local()
 
     def away(*_: Any, **__: Any) -> None:
         raise StoreError("the store does not answer")

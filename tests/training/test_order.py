@@ -2,11 +2,12 @@ from __future__ import annotations
 
 from itertools import groupby
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tessera.training.order import WINDOW, Place, SampleOrder, derive_key, permute
+from tessera.training.order import WINDOW, Place, SampleOrder, derive_key, permute, permute_all
 
 SIZES = st.lists(st.integers(0, 40), min_size=1, max_size=14).filter(any)
 SEEDS = st.integers(0, 2**63 - 1)
@@ -39,6 +40,15 @@ def test_permute_needs_no_table_of_billions(size: int, key: int, data: st.DataOb
 def test_permute_refuses_what_it_does_not_cover(index: int) -> None:
     with pytest.raises(ValueError, match=r"outside of range\(5\)"):
         permute(index, 5, 1)
+    with pytest.raises(ValueError, match=r"outside of range\(5\)"):
+        permute_all(np.array([0, index, 4]), 5, 1)
+
+
+@given(size=st.integers(1, 2**50), key=st.integers(0, 2**64 - 1), data=st.data())
+def test_many_at_once_are_permuted_as_one_by_one(size: int, key: int, data: st.DataObject) -> None:
+    indices = data.draw(st.lists(st.integers(0, size - 1), max_size=20))
+    expected = [permute(index, size, key) for index in indices]
+    assert permute_all(np.array(indices, np.int64), size, key).tolist() == expected
 
 
 @given(sizes=SIZES, seed=SEEDS)
@@ -48,6 +58,42 @@ def test_every_epoch_takes_every_sample_once(sizes: list[int], seed: int) -> Non
     assert order.per_epoch == sum(sizes)
     for number in range(3):
         assert sorted(epoch(order, number)) == every_place(sizes)
+
+
+@given(sizes=SIZES, seed=SEEDS)
+@settings(max_examples=60, deadline=None)
+def test_windows_follow_one_another_and_touch_few_shards(sizes: list[int], seed: int) -> None:
+    order = SampleOrder(sizes, seed, "f")
+    at, seen = 0, []
+    while at < 3 * order.per_epoch:
+        window = order.window(at)
+        assert window.first == at < window.stop
+        assert order.window(window.stop - 1) == window
+        touched = {order[number].shard for number in range(at, window.stop)}
+        assert touched == set(window.shards)
+        assert len(touched) <= WINDOW
+        assert window.stop - at == sum(sizes[shard] for shard in touched)
+        seen.append(at)
+        at = window.stop
+    assert at == 3 * order.per_epoch, "an epoch ends where a window does"
+    assert {epoch * order.per_epoch for epoch in range(3)} <= set(seen)
+
+
+@given(
+    sizes=st.lists(st.integers(0, 40) | st.integers(1000, 3000), min_size=1, max_size=9),
+    seed=SEEDS,
+    data=st.data(),
+)
+@settings(max_examples=40, deadline=None)
+def test_a_batch_of_places_is_what_each_number_says(
+    sizes: list[int], seed: int, data: st.DataObject
+) -> None:
+    order = SampleOrder([*sizes, 1], seed, "f")
+    first = data.draw(st.integers(0, 3 * order.per_epoch))
+    count = data.draw(st.integers(0, 200) | st.just(1500))
+    shards, indices = order.places(first, count)
+    found = [Place(*pair) for pair in zip(shards.tolist(), indices.tolist(), strict=True)]
+    assert found == [order[number] for number in range(first, first + count)]
 
 
 def test_epochs_seeds_and_data_each_give_another_order() -> None:

@@ -63,7 +63,7 @@ def moments(bench: Bench) -> list[Callable[[], bool]]:
 
     return [
         first_loss,
-        new("staging/*/*/*", bench.cache),  # while a checkpoint is being written
+        new("checkpoints/*/*/*.partial/*", bench.cache),  # while a checkpoint is being written
         new("*/checkpoints/*/*", runs),  # while it is being published
         new("*/checkpoints/*/COMPLETE", runs, chance.uniform(0.0, 0.2)),
         new("*/checkpoints/*/COMPLETE", runs, chance.uniform(0.0, 0.2)),
@@ -172,11 +172,12 @@ def test_a_damaged_checkpoint_is_passed_over(
     bench.crash(17)
     run = bench.only_run()
     assert bench.checkpoints(run) == [15, 10]
+    bench.forget_local()
     damage(newest(bench) / name)
     done = bench.command(capfd)
     assert done.code == 0
     assert "The checkpoint of step 15 is passed over: " in done.err
-    assert "continuing at step 10 of 30 (attempt 2)" in done.err
+    assert "continuing at step 10 of 30 from the root (attempt 2)" in done.err
     assert bench.resumed(run) == [None, 10]
     (event,) = bench.events(run, "checkpoint/damaged")
     assert event.value["reason"].startswith("The checkpoint of step 15 is passed over: ")
@@ -188,6 +189,7 @@ def test_with_all_checkpoints_damaged_it_says_so_and_does_not_begin_again(
 ) -> None:
     bench.crash(17)
     run = bench.only_run()
+    bench.forget_local()
     for place in (0, 1):
         flip(newest(bench, place) / "__0_0.distcp")
     before = bench.root.files("")
@@ -202,9 +204,10 @@ def test_the_newest_whole_checkpoint_outlives_an_older_damaged_one_of_a_later_st
     bench: Bench, whole: Whole
 ) -> None:
     bench.crash(17)
+    bench.forget_local()
     flip(newest(bench) / "__0_0.distcp")
     bench.crash(14, "checkpoint.every_steps=2", "checkpoint.keep=1")
-    assert bench.checkpoints(bench.only_run()) == [15, 12]
+    assert bench.checkpoints(bench.only_run()) == [12], "what was passed over no longer counts"
     assert bench.train().exit_code == 0
     assert bench.resumed(bench.only_run()) == [None, 10, 12]
     assert_as_if_undisturbed(bench, whole)
@@ -232,8 +235,10 @@ def test_a_full_local_disk_costs_a_checkpoint_and_not_the_run(
     run = bench.train().run
     (failed,) = bench.events(run, "checkpoint/failed")
     assert failed.step == 10
-    reason = "The checkpoint of step 10 cannot be staged: [Errno 28] No space left on device."
-    assert failed.value == {"reason": reason}
+    reason = failed.value["reason"]
+    assert reason.startswith("No checkpoint at step 10: it cannot be written to ")
+    assert reason.endswith("[Errno 28] No space left on device.")
+    assert not list(bench.cache.glob("checkpoints/*/*/*.partial"))
     assert [event.step for event in bench.events(run, "checkpoint/published")] == [5, 15, 20, 25]
     assert_as_if_undisturbed(bench, whole)
 
@@ -243,10 +248,10 @@ def test_a_store_that_is_full_costs_a_checkpoint_and_not_the_run(
 ) -> None:
     plain = type(bench.root).put_file
 
-    def put_file(root: Any, local: Path, path: str) -> None:
+    def put_file(root: Any, local: Path, path: str, **options: Any) -> None:
         if "/checkpoints/step-1" in path:
             raise StoreError(f"No space is left for {path}.")
-        plain(root, local, path)
+        plain(root, local, path, **options)
 
     monkeypatch.setattr(type(bench.root), "put_file", put_file)
     run = bench.train().run
@@ -258,10 +263,10 @@ def test_a_stop_without_a_checkpoint_says_where_it_will_continue(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any, **__: Any) -> None:
-        raise StoreError("No space is left.")
+        raise StoreError("no space is left")
 
     def stop(loop: Loop) -> None:
-        monkeypatch.setattr("tessera.training.loop.save_checkpoint", refuse)
+        monkeypatch.setattr("tessera.training.checkpoint.saver.write_tensors", refuse)
         loop._s.stop.signal = "SIGTERM"
 
     bench.before_step(8, stop, monkeypatch)
@@ -301,10 +306,10 @@ def test_taken_over_during_an_upload_the_checkpoint_does_not_count(
 ) -> None:
     plain = type(bench.root).put_file
 
-    def put_file(root: Any, local: Path, path: str) -> None:
+    def put_file(root: Any, local: Path, path: str, **options: Any) -> None:
         if "/checkpoints/step-10-1-" in path and len(bench.only_run().attempts()) == 1:
             bench.only_run().start_attempt(bench.place(), None)
-        plain(root, local, path)
+        plain(root, local, path, **options)
 
     monkeypatch.setattr(type(bench.root), "put_file", put_file)
     with pytest.raises(SupersededError):

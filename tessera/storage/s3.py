@@ -1,0 +1,410 @@
+"""S3 and its relatives: every byte that goes or comes is checked, whatever lies in between.
+
+s3fs brings the connection, the keys and the settings; the requests are made here, one try each,
+because only their answers tell the ETag of what was moved, and because one lost request of a
+thousand must not send 12 GB again. ``Caller`` tries each of them again.
+
+What an ETag proves:
+
+* Most stores answer with the MD5 of an object, or of its parts' MD5s. That is compared with what
+  was sent or received, and one that agrees settles it.
+* Other stores (and AWS with KMS keys) answer with something else. A write is then read back, and a
+  read is done twice until two agree. Which ETag belongs to which bytes is remembered per root, so
+  an object that was verified once costs one read from then on, as long as its ETag is the same.
+
+The trade-off: an object that rotted in the store itself, under an ETag of the old bytes, agrees
+with itself and passes for one whose ETag is no MD5. Where that matters, there is a sha256
+(``Root.get_file``).
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from tessera.errors import InputError, NotFoundError, StoreError
+from tessera.storage.digests import (
+    CHUNK,
+    Content,
+    LocalFile,
+    Memory,
+    Target,
+    bare,
+    etag_proves,
+    md5,
+    md5_of,
+    part_size,
+    parts_etag,
+)
+from tessera.storage.faults import BrokenAnswerError, MismatchError, is_taken
+from tessera.storage.retry import WORKERS, Budget, Caller, Limits, at_once
+from tessera.storage.stores import DOWNLOADS, Progress, not_stored
+
+_REMEMBERED = 4096
+
+
+def options(limits: Limits) -> dict[str, Any]:
+    """Arguments of s3fs: short time-outs, no retries below ours, checksums only where required."""
+    config: dict[str, Any] = {
+        **fsspec.config.conf.get("s3", {}).get("config_kwargs", {}),  # ours would replace them
+        "connect_timeout": limits.timeout_s,
+        "read_timeout": limits.timeout_s,
+        "retries": {"total_max_attempts": 1, "mode": "standard"},
+        "max_pool_connections": 4 * WORKERS,
+    }
+    # Some stores answer a ranged read with the whole object's checksum.
+    for name in ("request_checksum_calculation", "response_checksum_validation"):
+        config[name] = os.environ.get(f"AWS_{name.upper()}", "when_required")
+    # Each root has a connection of its own: an instance that fsspec kept would also keep the keys
+    # and the endpoint that the environment named when it was made.
+    return {"config_kwargs": config, "use_listings_cache": False, "skip_instance_cache": True}
+
+
+class S3Store:
+    """One bucket and prefix, safe to use from several threads."""
+
+    def __init__(self, fs: Any, base: str, caller: Caller) -> None:
+        fs.retries = 1  # tries, not tries after the first one
+        self._fs, self._caller = fs, caller
+        self._bucket, prefix, _ = fs.split_path(base)
+        self._prefix = f"{prefix}/" if prefix else ""
+        self._verified: OrderedDict[str, tuple[str, bytes]] = OrderedDict()
+        self._lock = threading.Lock()
+        self._opaque = False  # an ETag was seen that is no digest
+
+    # -- reading ---------------------------------------------------------------------------------
+
+    def read(self, path: str) -> bytes:
+        """The whole object, proved by its ETag or by a second read."""
+        target = Memory()
+        budget = self._caller.budget()
+        self._caller.call(path, lambda: self._receive(path, target, budget), budget=budget)
+        return target.read(0, target.size)
+
+    def fetch(self, path: str, local: Path, check: Callable[[], None] | None) -> None:
+        """Download to ``local``; ``check`` raises ``MismatchError`` if it must be done again."""
+        target = LocalFile(local)
+        size = self.size(path)
+        budget = self._caller.budget(size)
+
+        def once() -> None:
+            if check is None:
+                self._receive(path, target, budget, large=size > CHUNK)
+            else:
+                self._download(path, target, budget, large=size > CHUNK)
+                check()
+
+        written_to = str(local.parent)
+        self._caller.call(path, once, budget=budget, attempts=DOWNLOADS, written_to=written_to)
+
+    def exists(self, path: str) -> bool:
+        """Whether there is an object or a folder."""
+        try:
+            if self._key(path):
+                self.size(path)
+                return True
+        except NotFoundError:
+            pass
+        return bool(self._list(path, "", 1))
+
+    def size(self, path: str) -> int:
+        """Bytes of an object."""
+        return int(self._request(path, "head_object", "ContentLength")["ContentLength"])
+
+    def files(self, prefix: str) -> list[str]:
+        """Paths of all objects at or below a folder, in any order; empty if there is none."""
+        found = self._list(prefix, "", None)
+        if not found and prefix:
+            with suppress(NotFoundError):
+                self.size(prefix)
+                return [prefix]
+        return found
+
+    def children(self, prefix: str) -> list[str]:
+        """Paths of the direct children of a folder; empty if there is none."""
+        return self._list(prefix, "/", None)
+
+    def _list(self, prefix: str, delimiter: str, most: int | None) -> list[str]:
+        """Paths below a folder, page by page, each page tried again by itself."""
+        key = self._key(prefix)
+        query: dict[str, Any] = {"Prefix": f"{key.rstrip('/')}/" if key else ""}
+        query |= {"Delimiter": delimiter} if delimiter else {}
+        query |= {"MaxKeys": most} if most else {}
+        budget, found = self._caller.budget(), []
+        while True:
+            # An empty body parses as an empty page; only a real one says whether it is the last.
+            page = self._request(prefix, "list_objects_v2", "IsTruncated", budget, **query)
+            found += [item["Key"] for item in page.get("Contents", [])]
+            found += [item["Prefix"].rstrip("/") for item in page.get("CommonPrefixes", [])]
+            if most or not page["IsTruncated"]:
+                break
+            query["ContinuationToken"] = page["NextContinuationToken"]
+        # Keys that end in a slash are how consoles draw empty folders.
+        return [name[len(self._prefix) :] for name in found if most or not name.endswith("/")]
+
+    def _receive(self, path: str, target: Target, budget: Budget, *, large: bool = False) -> None:
+        """Download, and again if the ETag does not prove what came; accept two that agree."""
+        seen: set[bytes] = set()
+        for _ in range(2):
+            etag = self._download(path, target, budget, large=large)
+            if etag_proves(etag, target):
+                return
+            digest = md5_of(target)
+            if self._remembers(path, etag, digest):
+                return
+            if digest in seen:
+                self._remember(path, etag, digest)
+                return
+            seen.add(digest)
+        raise MismatchError(
+            StoreError(
+                f"{path} in {self._caller.url} was different each time it was read; the connection "
+                "or the store damages data: try again later."
+            )
+        )
+
+    def _download(self, path: str, target: Target, budget: Budget, *, large: bool) -> str:
+        """Fill ``target`` with the object, in ranges if it is large; return its ETag.
+
+        ``large`` is what the caller expects: it saves a request whose body nobody reads.
+        """
+        first = self._request(
+            path, "head_object" if large else "get_object", "ContentLength", budget
+        )
+        size, etag = int(first["ContentLength"]), str(first.get("ETag", ""))
+        target.resize(size)
+        if "data" in first:
+            target.write(0, first["data"])
+            return etag
+
+        def part(offset: int) -> None:
+            end = min(offset + CHUNK, size)
+            answer = self._request(
+                path, "get_object", "data", budget, WORKERS, Range=f"bytes={offset}-{end - 1}"
+            )
+            if len(answer["data"]) != end - offset or str(answer.get("ETag", "")) != etag:
+                raise _changed(path, self._caller.url)
+            target.write(offset, answer["data"])
+
+        for _ in at_once(part, range(0, size, CHUNK), budget):
+            pass
+        return etag
+
+    # -- writing ---------------------------------------------------------------------------------
+
+    def publish(self, path: str, data: bytes) -> None:
+        """Write or replace an object; it counts once the store is known to hold the same bytes."""
+        self._send(path, Memory(data), None)
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Write an object that must not exist; False if it does."""
+        if self.exists(path):  # for the stores that ignore the condition below
+            return False
+        try:
+            answer = self._put(path, data, self._caller.budget(), new=True)
+        except StoreError as error:
+            if is_taken(error.__cause__):
+                # A retry of our own write that had arrived looks the same: compare the bytes.
+                return self.read(path) == data
+            raise
+        if not self._holds(path, str(answer.get("ETag", "")), Memory(data)):
+            self.publish(path, data)  # it is ours, and arrived damaged
+        return True
+
+    def upload(self, local: Path, path: str, *, link: bool, on_bytes: Progress | None) -> None:
+        """Write or replace an object from a local file, checked as by ``publish``."""
+        self._send(path, LocalFile(local), on_bytes)
+
+    def delete(self, path: str) -> None:
+        """Remove an object if it is there."""
+        with suppress(NotFoundError):
+            self._request(path, "delete_object")
+
+    def delete_folder(self, prefix: str) -> None:
+        """Nothing: a folder of an object store is only a part of names."""
+
+    def _send(self, path: str, content: Content, on_bytes: Progress | None) -> None:
+        budget = self._caller.budget(content.size)
+
+        def once() -> None:
+            if content.size > CHUNK:
+                held = self._send_parts(path, content, budget, on_bytes)
+            else:
+                data = content.read(0, CHUNK)
+                etag = str(self._put(path, data, budget).get("ETag", ""))
+                held = self._holds(path, etag, Memory(data))
+                if on_bytes:
+                    on_bytes(len(data))
+            if not held:
+                raise not_stored(path, self._caller.url)
+
+        self._caller.call(path, once, budget=budget)
+
+    def _put(self, path: str, data: bytes, budget: Budget, *, new: bool = False) -> dict[str, Any]:
+        condition: dict[str, Any] = {"IfNoneMatch": "*"} if new else {}
+        return self._request(
+            path, "put_object", "", budget, Body=data, ContentMD5=_base64(md5(data)), **condition
+        )
+
+    def _send_parts(
+        self, path: str, content: Content, budget: Budget, on_bytes: Progress | None
+    ) -> bool:
+        """Upload in parts and say whether the store holds them; a failed upload is given up."""
+        length = part_size(content.size)
+        upload = self._request(path, "create_multipart_upload", "UploadId", budget)["UploadId"]
+        digests, parts = [], []
+
+        def part(offset: int) -> tuple[bytes, str, int]:
+            return self._send_part(path, upload, 1 + offset // length, content, length, budget)
+
+        try:
+            for digest, etag, sent in at_once(part, range(0, content.size, length), budget):
+                digests.append(digest)
+                parts.append({"PartNumber": len(digests), "ETag": etag})
+                if on_bytes:
+                    on_bytes(sent)
+            with suppress(NotFoundError):  # finished already, and the answer was lost: look below
+                self._request(
+                    path, "complete_multipart_upload", "ETag", budget, UploadId=upload,
+                    MultipartUpload={"Parts": parts},
+                )  # fmt: skip
+            head = self._request(path, "head_object", "ContentLength", budget)
+        except NotFoundError as error:  # the upload vanished from under us
+            raise not_stored(path, self._caller.url) from error
+        except BaseException:
+            with suppress(Exception):  # best effort: a lifecycle rule removes what stays
+                self._ask("abort_multipart_upload", "", Key=self._key(path), UploadId=upload)
+            raise
+        if head["ContentLength"] != content.size:
+            return False
+        etag = str(head.get("ETag", ""))
+        return bare(etag) == parts_etag(digests) or self._holds(path, etag, content)
+
+    def _send_part(
+        self, path: str, upload: str, number: int, content: Content, length: int, budget: Budget
+    ) -> tuple[bytes, str, int]:
+        """Send one part; return its MD5, its ETag and how many bytes it has."""
+        data = content.read((number - 1) * length, length)
+        digest, etag = md5(data), ""
+        for _ in range(2):
+            answer = self._request(
+                path, "upload_part", "ETag", budget, WORKERS, UploadId=upload, PartNumber=number,
+                Body=data, ContentMD5=_base64(digest),
+            )  # fmt: skip
+            etag = str(answer["ETag"])
+            # One that is no MD5 twice is left to the check of the whole object.
+            if bare(etag) == digest.hex() or self._opaque:
+                break
+        return digest, etag, len(data)
+
+    def _holds(self, path: str, etag: str, content: Content) -> bool:
+        """Whether the object is ``content``: by its ETag, else by reading it back."""
+        if etag and etag_proves(etag, content):
+            return True
+        budget = self._caller.budget(content.size)
+
+        def same(offset: int) -> bool:
+            wanted = content.read(offset, CHUNK)
+            span: dict[str, Any] = {}
+            if wanted:
+                span["Range"] = f"bytes={offset}-{offset + len(wanted) - 1}"
+            for _ in range(DOWNLOADS):  # a flip on the way back is no reason to send it all again
+                answer = self._request(path, "get_object", "data", budget, WORKERS, **span)
+                if answer["data"] == wanted:
+                    return True
+            return False
+
+        if not all(list(at_once(same, range(0, max(content.size, 1), CHUNK), budget))):
+            return False
+        self._opaque = True
+        self._remember(path, etag, md5_of(content))
+        return True
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _key(self, path: str) -> str:
+        return f"{self._prefix}{path}" if path else self._prefix.rstrip("/")
+
+    def _remember(self, path: str, etag: str, digest: bytes) -> None:
+        with self._lock:
+            self._opaque = True
+            self._verified[path] = (etag, digest)
+            self._verified.move_to_end(path)
+            while len(self._verified) > _REMEMBERED:
+                self._verified.popitem(last=False)
+
+    def _remembers(self, path: str, etag: str, digest: bytes) -> bool:
+        with self._lock:
+            return bool(etag) and self._verified.get(path) == (etag, digest)
+
+    def _request(
+        self,
+        path: str,
+        method: str,
+        needed: str = "",
+        budget: Budget | None = None,
+        share: int = 1,
+        **arguments: Any,
+    ) -> dict[str, Any]:
+        """One request about ``path``, tried again while its faults may pass.
+
+        ``needed`` must be in the answer. ``share`` requests of this call lose time at once.
+        """
+        if method != "list_objects_v2":
+            arguments["Key"] = self._key(path)
+        return self._caller.call(
+            path, lambda: self._ask(method, needed, **arguments), budget=budget, share=share
+        )
+
+    def _ask(self, method: str, needed: str, **arguments: Any) -> dict[str, Any]:
+        """One try of one request, in the thread that runs s3fs's event loop."""
+        answer: dict[str, Any] = fsspec.asyn.sync(
+            self._fs.loop, self._answer, method, needed, arguments,
+            timeout=self._caller.limits.request_s(len(arguments.get("Body", b"")) or CHUNK),
+        )  # fmt: skip
+        return answer
+
+    async def _answer(self, method: str, needed: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The parsed answer; bytes of an object of at most ``CHUNK`` are under ``data``."""
+        try:
+            await self._fs.set_session()
+        except ValueError as error:
+            raise InputError(
+                f"The root {self._caller.url!r} cannot be opened ({error}); check AWS_ENDPOINT_URL "
+                "and the other settings of the store."
+            ) from error
+        try:
+            answer = await self._fs._call_s3(method, Bucket=self._bucket, **arguments)
+            if "Body" in answer:
+                body = answer.pop("Body")
+                try:
+                    if int(answer["ContentLength"]) <= CHUNK:
+                        answer["data"] = await body.read()
+                finally:
+                    body.close()
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            # What the parsers raise on XML and headers that are well-formed and make no sense.
+            raise BrokenAnswerError(f"{method} was answered with nonsense ({error})") from error
+        if answer.get("IsTruncated") and method == "list_objects_v2":
+            needed = "NextContinuationToken"
+        if needed and needed not in answer:
+            raise BrokenAnswerError(f"{method} was answered without {needed}")
+        return dict(answer)
+
+
+def _base64(digest: bytes) -> str:
+    return base64.b64encode(digest).decode()
+
+
+def _changed(path: str, url: str) -> MismatchError:
+    return MismatchError(
+        StoreError(f"{path} in {url} was replaced while it was read; read it again.")
+    )

@@ -1,0 +1,291 @@
+"""One attempt: from the checkpoint where it continues to the ending that it leaves.
+
+    replica and optimiser -> load the state -> find the micro-batch -> train -> write how it ended
+
+Whatever happens after the attempt was recorded, short of a kill, leaves an ending that says how it
+came to it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from tessera.errors import DivergedError, InputError, SupersededError, TesseraError
+from tessera.experiment import Experiment
+from tessera.model.loss import summed_cross_entropy
+from tessera.model.peak import Peak, peak_flops
+from tessera.model.shape import FLOPS_FORMULA
+from tessera.runs import (
+    DIVERGED,
+    FAILED,
+    FINISHED,
+    PREEMPTED,
+    ROLLED_BACK,
+    SUPERSEDED,
+    Attempt,
+    Ending,
+    Rollback,
+    Run,
+)
+from tessera.storage import Root
+from tessera.tracking.journal import Journal
+from tessera.training.checkpoint.fetch import Loaded
+from tessera.training.checkpoint.state import allocate_moments, restore_state, training_state
+from tessera.training.loop import Loop, Session, compiles
+from tessera.training.memory import out_of_memory_sentence, resolve_micro_batch
+from tessera.training.mute import MuteJournal
+from tessera.training.optim import build_optimizer
+from tessera.training.parallel import World
+from tessera.training.preemption import RETRY, StopRequest
+from tessera.training.program import Program
+from tessera.training.progress import ProgressLine, dollars
+from tessera.training.replica import Replica
+from tessera.training.resume import Lost, decide_rollback
+from tessera.training.stability import GoBackError, Range, Skips, Watch
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where an attempt continues and what it has to know.
+
+    ``excluded`` and ``rollbacks`` were decided after the checkpoint was written; ``notes`` say what
+    was passed over; ``adopted`` names the attempts whose records were brought to the root.
+    """
+
+    loaded: Loaded | None
+    notes: Sequence[str] = ()
+    adopted: Sequence[str] = ()
+    lost: Lost | None = None
+    excluded: Sequence[Range] = ()
+    rollbacks: int = 0
+
+    @property
+    def step(self) -> int:
+        """Steps that are done."""
+        return self.loaded.ref.step if self.loaded else 0
+
+
+@dataclass
+class Trainer:
+    """What stays when an attempt of this process is followed by the next (a rollback)."""
+
+    experiment: Experiment
+    root: Root
+    run: Run
+    created: bool
+    program: Program
+    world: World
+    line: ProgressLine
+    stop: StopRequest
+    replica: Replica | None = None
+
+    def attempt(self, attempt: Attempt, start: Start, again: str) -> Ending | Rollback:
+        """Run ``attempt``, already recorded, to its end. ``again`` is the command that continues.
+
+        A ``Rollback`` where the run continues from an earlier checkpoint, with the next attempt.
+        """
+        journal = Journal(self.run, attempt.id) if self.world.is_main else MuteJournal()
+        outcome = Ending(FAILED, 1, 0.0, start.step, "ended by an unexpected error")
+        loop: Loop | None = None
+        try:
+            loop = self._loop(attempt, journal, start)
+            try:
+                loop.run()
+            except GoBackError as cause:
+                rollback = self._go_back(loop, attempt, cause)
+                outcome = Ending(ROLLED_BACK, 0, 0.0, start.step, rollback.reason)
+                return rollback
+            outcome = self._ending(loop, again)
+            if outcome.outcome == FINISHED:
+                journal.event("run/finished", loop.done)
+        except torch.OutOfMemoryError as error:
+            reason = out_of_memory_sentence(
+                attempt.device, self.program.micro_batch, self.experiment.recompute
+            )
+            outcome = Ending(FAILED, 2, 0.0, start.step, reason)
+            raise InputError(reason) from error
+        except TesseraError as error:
+            kind = {DivergedError: DIVERGED, SupersededError: SUPERSEDED}.get(type(error), FAILED)
+            if kind == DIVERGED:
+                journal.event("run/diverged", loop.done if loop else 0, reason=str(error))
+            outcome = Ending(kind, error.exit_code, 0.0, start.step, str(error))
+            raise
+        finally:
+            reached = loop.done if loop else start.step
+            outcome = replace(outcome, ended_at=time.time(), step=reached)
+            if self.world.is_main:
+                finish_attempt(self.run, attempt, journal, outcome)
+        return outcome
+
+    def _go_back(self, loop: Loop, attempt: Attempt, cause: GoBackError) -> Rollback:
+        """Decide and record where the run continues; ``DivergedError`` if it may not go back."""
+        loop.saver.finish()
+        settings = self.experiment.stability.rollbacks, self.experiment.checkpoint.every_steps
+
+        def decide() -> Rollback:
+            return decide_rollback(self.run, attempt, cause, loop.skips, *settings)
+
+        rollback = self.world.run_on_main(decide)
+        loop.session.journal.event(
+            "run/rolled_back", loop.done, reason=rollback.reason, to_step=rollback.to_step,
+            excluded=[list(pair) for pair in rollback.excluded],
+        )  # fmt: skip
+        self.line.say(
+            f"{rollback.reason}; going back to step {rollback.to_step} and leaving the samples of "
+            "those steps out"
+        )
+        return rollback
+
+    def _loop(self, attempt: Attempt, journal: Journal, start: Start) -> Loop:
+        program, experiment, world = self.program, self.experiment, self.world
+        if self.replica is None:
+            # Compiled, the soft-max needs no float32 copy of the logits: 4 GB a micro-batch at 1B.
+            loss = torch.compile(summed_cross_entropy) if compiles(program) else None
+            self.replica = Replica.build(
+                program.model,
+                experiment.parallel,
+                world,
+                program.compute_dtype,
+                loss or summed_cross_entropy,
+            )
+        replica = self.replica
+        optimizer = build_optimizer(experiment.optimizer, replica.trainable)
+        allocate_moments(replica.trainable, optimizer)
+        watch = Watch(experiment.stability, program.device)
+        skips = Skips(experiment.stability, program.samples_per_step)
+        if start.loaded is not None:
+            buffers = dict(program.model.named_buffers())
+            wanted = training_state(
+                replica.trainable, buffers, optimizer, watch.tensors(), rank=world.rank
+            )
+            restore_state(start.loaded.folder, wanted, alone=world.size == 1)
+            world.barrier()
+            if world.local_rank == 0:
+                start.loaded.discard()
+            skips.restore(start.loaded.state["samples"])
+        skips.exclude(start.excluded)
+        skips.rollbacks = max(skips.rollbacks, start.rollbacks)
+        self._say_opening(attempt, journal, start)
+        self._choose_micro_batch(replica, journal, start)
+        peak = peak_flops(program.device, program.compute_dtype)
+        journal.event("attempt/started", start.step, device=attempt.device, peak=peak.source)
+        self.line.say(_formula(program, peak))
+        session = Session(self.root, self.run, attempt, journal, self.line, peak, self.stop, world)
+        return Loop(
+            session, program, replica, optimizer, skips=skips, watch=watch, loaded=start.loaded
+        )
+
+    def _choose_micro_batch(self, replica: Replica, journal: Journal, start: Start) -> None:
+        program, setting = self.program, self.experiment.batch.micro_batch
+        if setting != "auto":
+            return
+
+        def step(size: int) -> None:
+            inputs, targets = (t.to(program.device) for t in program.dummy(size))
+            # Several ranks do not add up: one that runs out of memory would leave the others waiting.
+            replica.micro_step(inputs, targets, 1, last=self.world.size == 1)
+
+        def release() -> None:
+            for parameter in replica.trainable.values():
+                parameter.grad = None
+
+        remembered = start.loaded.state["micro_batch"] if start.loaded else None
+        choice = resolve_micro_batch(
+            setting,
+            samples=program.samples_per_rank,
+            step=step,
+            device=program.device,
+            estimate=program.estimate_bytes,
+            remembered=remembered,
+            release=release,
+            worst=lambda number: max(self.world.gather(number)),
+        )
+        program.micro_batch = choice.size
+        self.line.say(str(choice))
+        journal.event("micro_batch/chosen", start.step, size=program.micro_batch, how=choice.how)
+
+    def _say_opening(self, attempt: Attempt, journal: Journal, start: Start) -> None:
+        done = start.step
+        self.line.say(_opening(attempt, self.program, self.created, start))
+        for note in start.notes:
+            self.line.say(note)
+            journal.event("checkpoint/damaged", done, reason=note)
+        lost = start.lost
+        if lost is not None:
+            paid = "" if lost.usd is None else f" ({dollars(lost.usd)})"
+            self.line.say(
+                f"attempt {lost.attempt} had done {lost.steps} steps more, which are done again: "
+                f"{lost.seconds:.0f} s of its time{paid} lost"
+            )
+        if done or lost or start.adopted:
+            journal.event(
+                "attempt/resumed", done, adopted=list(start.adopted),
+                local=bool(start.loaded and start.loaded.local),
+                lost_attempt=lost.attempt if lost else None,
+                lost_steps=lost.steps if lost else 0,
+                lost_s=lost.seconds if lost else 0.0, lost_usd=lost.usd if lost else 0.0,
+            )  # fmt: skip
+
+    def _ending(self, loop: Loop, again: str) -> Ending:
+        if loop.done == self.program.steps:
+            text = f"Finished all {self.program.steps} steps."
+            if loop.skips.skipped:
+                text += f" {len(loop.skips.skipped)} of them were not applied."
+            return Ending(FINISHED, 0, 0.0, loop.done, text)
+        here, anywhere = loop.saver.local_step, loop.saver.root_step
+        text = (
+            f"Stopped by {self.stop.signal} at step {loop.done} of {self.program.steps}; {again} "
+            f"continues at step {max(here, anywhere)}"
+        )
+        if anywhere < here:
+            text += " on this machine, earlier on another"
+        return Ending(PREEMPTED, RETRY, 0.0, loop.done, text + ".")
+
+
+def finish_attempt(run: Run, attempt: Attempt, journal: Journal, outcome: Ending) -> None:
+    """The journal first, then the ending: a finished run has all its records in the root."""
+    done = outcome.outcome == FINISHED
+    try:
+        journal.close()
+        outcome = replace(outcome, records=journal.written)
+    except TesseraError:  # the records stay on this disk for the next attempt to adopt
+        if done:
+            raise
+    try:
+        run.end_attempt(attempt, outcome)
+    except TesseraError:
+        if done:
+            raise  # nobody may believe it finished if the root does not say so
+
+
+def _opening(attempt: Attempt, program: Program, created: bool, start: Start) -> str:
+    done = start.step
+    if created:
+        what = f"new run, {program.steps} steps"
+    elif start.loaded is not None:
+        where = "this machine's disk" if start.loaded.local else "the root"
+        what = (
+            f"continuing at step {done} of {program.steps} from {where} (attempt {attempt.number})"
+        )
+    else:
+        what = f"starting again, no checkpoint yet (attempt {attempt.number})"
+    price = "no price known"
+    if attempt.usd_per_hour is not None:
+        price = f"${attempt.usd_per_hour:g}/h ({attempt.price_source})"
+        if attempt.price_source == "experiment":
+            price += ", a guess: set TESSERA_USD_PER_HOUR to what you pay"
+    count = sum(p.numel() for p in program.trainable.values())
+    workers = program.world.size
+    devices = attempt.device if workers == 1 else f"{workers} x {attempt.device}"
+    return f"{what}; {count:,} trainable parameters on {devices}; {price}"
+
+
+def _formula(program: Program, peak: Peak) -> str:
+    return (
+        f"MFU = {program.flops_per_token:.4g} FLOPs a token x tokens/s / {peak.flops:.3g} FLOP/s "
+        f"({peak.source}); FLOPs a token = {FLOPS_FORMULA}"
+    )

@@ -1,0 +1,153 @@
+"""Where an attempt continues: the furthest whole checkpoint of this machine or of the root.
+
+Verified before it counts; one that is damaged is passed over with a sentence, and the next older
+one is taken.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tessera.errors import DamagedError, NotFoundError
+from tessera.runs import CheckpointRef, Run, furthest_first
+from tessera.storage import cache_folder, require_writable, sha256_file
+from tessera.tracking.journal import alive_here, read_journal
+from tessera.training.checkpoint.files import (
+    COMPLETE,
+    check_record,
+    drop_local,
+    local_checkpoints,
+    local_folder,
+    remove_partials,
+)
+
+_DOWNLOADS = 8
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A verified checkpoint on the local disk."""
+
+    ref: CheckpointRef
+    folder: Path
+    state: dict[str, Any]
+    local: bool
+
+    def discard(self) -> None:
+        """Remove the download; a local checkpoint stays."""
+        if not self.local:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def fetch_checkpoint(
+    run: Run, *, local: bool = True, only: CheckpointRef | None = None
+) -> tuple[Loaded | None, list[str]]:
+    """The furthest whole checkpoint, verified locally, and a sentence for each damaged one.
+
+    None if the run has none; if all are damaged that is a ``DamagedError``, because starting again
+    from zero would silently throw the run away. Call it after what dead attempts left was adopted.
+    Without ``local`` only the root counts; ``only`` names the one to take.
+    """
+    clean_up(run)
+    notes: list[str] = []
+    in_root = run.checkpoints()
+    here = _usable_here(run) if local else []
+    refs = [only] if only else sorted({*in_root, *here}, key=furthest_first)
+    for ref in refs:
+        if ref in here:
+            try:
+                return _open_local(run, ref), notes
+            except DamagedError as error:
+                notes.append(f"The local checkpoint of step {ref.step} is passed over: {error}")
+                drop_local(run, ref)
+        if ref in in_root:
+            try:
+                return _download(run, ref), notes
+            except (DamagedError, NotFoundError) as error:  # an outage is not damage: it ends here
+                if isinstance(error, NotFoundError) and ref not in run.checkpoints():
+                    return fetch_checkpoint(
+                        run, local=local
+                    )  # a living attempt dropped it for a newer one
+                notes.append(f"The checkpoint of step {ref.step} is passed over: {error}")
+    if in_root:
+        raise DamagedError(
+            f"None of the {len(in_root)} checkpoints of run {run.id} is whole ({notes[-1]}); "
+            "restore one from a backup, or start another run with --new."
+        )
+    return None, notes
+
+
+def clean_up(run: Run) -> None:
+    """Remove what killed attempts left half done on this disk, and see that it can be written."""
+    if not alive_here(run):
+        remove_partials(run)
+        shutil.rmtree(_resume_folder(run), ignore_errors=True)
+    for folder in (local_folder(run), _resume_folder(run)):
+        require_writable(folder)
+
+
+def _resume_folder(run: Run) -> Path:
+    return cache_folder() / "resume" / run.id
+
+
+def _usable_here(run: Run) -> list[CheckpointRef]:
+    """Local checkpoints that a lineage can be built on: given up by nobody, attempt dead and known.
+
+    The records up to the step must be in the root, as they are for a published one.
+    """
+    found = local_checkpoints(run)
+    if not found:
+        return []
+    rollbacks = run.rollbacks()
+    known = {attempt.id for attempt in run.attempts()}
+    living = alive_here(run)
+    return [
+        ref
+        for ref in found
+        if ref.attempt in known
+        and ref.attempt not in living
+        and not any(rollback.gives_up(ref) for rollback in rollbacks)
+    ]
+
+
+def _open_local(run: Run, ref: CheckpointRef) -> Loaded:
+    folder = local_folder(run) / ref.name
+    try:
+        record = check_record(json.loads((folder / COMPLETE).read_bytes()), str(folder / COMPLETE))
+    except (OSError, ValueError) as error:
+        raise DamagedError(f"{folder / COMPLETE} cannot be read ({error}).") from error
+    if record["nodes"] != 1:
+        raise DamagedError(f"{folder} holds only one machine's part.")
+    for name, entry in record["files"].items():
+        file = folder / name
+        if not file.exists() or sha256_file(file) != entry["sha256"]:
+            raise DamagedError(f"{file} is missing or differs from its digest.")
+    due = int(record["state"]["ledger"]["records"])
+    if (have := sum(1 for _ in read_journal(run, ref.attempt))) < due:
+        raise DamagedError(f"{run.root.url} has {have} of the {due} records that it covers.")
+    return Loaded(ref, folder, record["state"], local=True)
+
+
+def _download(run: Run, ref: CheckpointRef) -> Loaded:
+    folder = _resume_folder(run) / ref.name
+    path = run.path(ref.folder, COMPLETE)
+    try:
+        record = check_record(run.root.read_json(path), f"{path} in {run.root.url}")
+        names: Sequence[str] = sorted(record["files"])
+
+        def get(name: str) -> None:
+            digest = record["files"][name]["sha256"]
+            run.root.get_file(run.path(ref.folder, name), folder / name, sha256=digest)
+
+        with ThreadPoolExecutor(_DOWNLOADS) as pool:
+            list(pool.map(get, names))
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return Loaded(ref, folder, record["state"], local=False)

@@ -1,0 +1,329 @@
+"""Saving beside the training: the loop pays for a copy to host memory, threads do the rest.
+
+One thread writes to the local disk, another uploads to the root, so a slow store does not stop the
+frequent local saves. With several ranks every one of them runs the same jobs in the same order in
+one thread, because the steps of a job talk to the other ranks.
+
+Nothing here raises into the loop but ``check``: another attempt took over. A disk that is full or a
+store that is down costs a checkpoint, is recorded, and the training goes on.
+"""
+
+from __future__ import annotations
+
+import queue
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from tessera.errors import StoreError, SupersededError, TesseraError
+from tessera.experiment import Checkpoint
+from tessera.runs import Attempt, CheckpointRef, Run
+from tessera.tracking.journal import Journal
+from tessera.training.checkpoint.fetch import Loaded
+from tessera.training.checkpoint.files import (
+    Entries,
+    Saved,
+    finish_local,
+    partial_folder,
+    prune_local,
+    seal,
+    write_tensors,
+)
+from tessera.training.checkpoint.publish import (
+    complete_checkpoint,
+    guard_publication,
+    try_tidy,
+    upload_files,
+)
+from tessera.training.parallel import World
+
+
+class Saver:
+    """Saves and publishes the states that the loop hands over."""
+
+    def __init__(
+        self,
+        run: Run,
+        attempt: Attempt,
+        journal: Journal,
+        world: World,
+        settings: Checkpoint,
+        say: Callable[[str], None],
+        loaded: Loaded | None = None,
+    ) -> None:
+        """``loaded`` is the checkpoint that the attempt continues from; ``say`` tells a person."""
+        self._run, self._attempt, self._journal, self._world = run, attempt, journal, world
+        self._settings, self._say = settings, say
+        on_gpu = world.device.type == "cuda"
+        self._stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=on_gpu,
+                use_shared_memory=False,
+                use_async_staging=False,
+                use_non_blocking_copy=on_gpu,
+            )
+        )
+        self._writer = _Worker("checkpoint-writer")
+        self._uploader = _Worker("checkpoint-upload") if world.size == 1 else self._writer
+        self._writing = self._uploading = 0
+        self._lock = threading.Lock()
+        self._held: set[str] = set()
+        self._owed = False
+        self._cancelled = threading.Event()
+        self._error: Exception | None = None
+        self._latest: Saved | None = None
+        self._bytes_per_s: float | None = None
+        self._begun_at = self.local_step = self.root_step = 0
+        if loaded is not None:
+            self._begun_at = self.local_step = loaded.ref.step
+            self.root_step = -1 if loaded.local else loaded.ref.step
+
+    # -- the loop's side -------------------------------------------------------------------------
+
+    def prepare(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the host memory now: allocating it costs seconds, once."""
+        self._stager.stage(dict(tensors))
+
+    def check(self) -> None:
+        """Raise what ended the saving for good: another attempt took over, or an error of ours."""
+        if self._error is not None:
+            raise self._error
+
+    def due(self, done: int) -> bool:
+        """Whether a save belongs after step ``done``."""
+        local = self._settings.local_every_steps
+        return self.permanent(done) or (local is not None and done % local == 0)
+
+    def permanent(self, done: int) -> bool:
+        """Whether the checkpoint of ``done`` belongs into the root."""
+        return done % self._settings.every_steps == 0
+
+    def save(
+        self,
+        step: int,
+        tensors: Callable[[], Mapping[str, Tensor]],
+        state: Callable[[], Mapping[str, Any]],
+    ) -> bool:
+        """Save the state after ``step`` steps; whether it was taken.
+
+        Waits for the copy to host memory. While the one before is still being written a permanent
+        save waits for that too, a frequent one is left out. While an upload is under way a
+        permanent save stays local, and the next one is uploaded instead.
+        """
+        writing = self._world.any(self._writing > 0)
+        uploading = self._world.any(self._uploading > 0)
+        permanent = self.permanent(step) or self._owed
+        if writing and not permanent:
+            return False
+        self.wait_written()
+        upload = permanent and not uploading
+        self._owed = permanent and not upload
+        if self._owed:
+            self._journal.event("checkpoint/postponed", step, reason="an upload is under way")
+        self._take(step, tensors(), state(), upload)
+        return True
+
+    def save_last(
+        self,
+        step: int,
+        tensors: Callable[[], Mapping[str, Tensor]],
+        state: Callable[[], Mapping[str, Any]],
+        deadline: float,
+    ) -> None:
+        """Save before leaving: to the local disk, then to the root if that fits ``deadline``.
+
+        ``deadline`` is of ``time.monotonic``.
+        """
+        self.wait_written(deadline)
+        if self._world.any(self._writing > 0):
+            return  # the disk hangs; what was saved before has to do
+        if step == self._begun_at:
+            return  # nothing was done since
+        if self._latest is None or self._latest.ref.step < step:
+            state_ = dict(tensors())
+            size = sum(tensor.numel() * tensor.element_size() for tensor in state_.values())
+            self._take(step, state_, state(), upload=self._fits(size, deadline, step))
+        elif self.root_step < step and self._fits(self._latest.bytes, deadline, step):
+            self._count(uploading=1)
+            self._hold(self._latest)
+            self._queue_upload(self._latest)
+        if not self.finish(deadline):
+            self._cancelled.set()
+            self._journal.event("checkpoint/abandoned", step, reason="the grace period is over")
+
+    def wait_written(self, deadline: float | None = None) -> None:
+        """Wait until the host memory is free again."""
+        self._wait(lambda: self._writing == 0, deadline)
+
+    def finish(self, deadline: float | None = None) -> bool:
+        """Wait until everything is saved and uploaded; whether it was in time."""
+        self._wait(lambda: self._writing + self._uploading == 0, deadline)
+        return self._writing + self._uploading == 0
+
+    def _wait(self, over: Callable[[], bool], deadline: float | None) -> None:
+        while not over() and (deadline is None or time.monotonic() < deadline):
+            time.sleep(0.002)
+
+    def _fits(self, size: int, deadline: float, step: int) -> bool:
+        """Whether an upload of ``size`` bytes is worth beginning, by the speed of the last one."""
+        left = deadline - time.monotonic()
+        speed = self._bytes_per_s
+        slow = speed is not None and size / speed > left
+        if self._world.any(self._uploading > 0 or slow):
+            self._journal.event("checkpoint/stays_local", step, reason=f"{left:.0f} s are left")
+            return False
+        return True
+
+    def _take(
+        self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], upload: bool
+    ) -> None:
+        began = time.monotonic()
+        staged = self._stager.stage(dict(tensors))
+        assert isinstance(staged, dict)
+        self._journal.metric("checkpoint/stall_s", time.monotonic() - began, step)
+        ref = CheckpointRef(step, self._attempt.id)
+        self._count(writing=1, uploading=int(upload))
+        self._writer.add(lambda: self._write(ref, staged, dict(state), upload))
+
+    # -- the threads' side -----------------------------------------------------------------------
+
+    def _write(
+        self, ref: CheckpointRef, staged: dict[str, Tensor], state: dict[str, Any], upload: bool
+    ) -> None:
+        saved: Saved | None = None
+        try:
+            saved = self._write_local(ref, staged, state)
+        except StoreError as error:
+            self._report_failure(ref, error)
+            if self._world.local_rank == 0:
+                shutil.rmtree(partial_folder(self._run, ref), ignore_errors=True)
+        except Exception as error:
+            self._error = error
+        if saved is not None:
+            self._latest = saved
+            self.local_step = ref.step
+            if upload:
+                self._hold(saved)
+                self._queue_upload(saved)
+            if self._world.local_rank == 0:
+                with self._lock:
+                    held = set(self._held)
+                prune_local(self._run, self._settings.local_keep, held)
+        self._count(writing=-1, uploading=-1 if upload and saved is None else 0)
+
+    def _hold(self, saved: Saved) -> None:
+        with self._lock:
+            self._held.add(saved.ref.name)
+
+    def _queue_upload(self, saved: Saved) -> None:
+        self._uploader.add(lambda: self._publish(saved))
+
+    def _write_local(
+        self, ref: CheckpointRef, staged: dict[str, Tensor], state: dict[str, Any]
+    ) -> Saved:
+        world, partial = self._world, partial_folder(self._run, ref)
+        if world.local_rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        if world.size > 1:
+            world.gather(None, background=True)  # nobody writes into a folder that is being removed
+        own: Entries = {}
+        failure: str | None = None
+        try:
+            own = write_tensors(partial, staged, world.rank, world.background)
+        except StoreError as error:
+            failure = str(error)
+        parts = world.gather((own, failure), background=True)
+        failures = [said for _, said in parts if said]
+        if failures:
+            raise StoreError(f"No checkpoint at step {ref.step}: {failures[0]}.")
+        files = {name: entry for entries, _ in parts for name, entry in entries.items()}
+        nodes = -(-world.size // world.local_size)
+        record = seal(ref, files, state, nodes)
+        folder = partial.with_name(ref.name)
+        failure = None
+        if world.local_rank == 0:
+            try:
+                finish_local(self._run, ref, record)
+            except StoreError as error:
+                failure = str(error)
+        failures = [said for said in world.gather(failure, background=True) if said]
+        if failures:
+            raise StoreError(f"No checkpoint at step {ref.step}: {failures[0]}.")
+        return Saved(ref, folder, record, tuple(own))
+
+    def _publish(self, saved: Saved) -> None:
+        try:
+            self._publish_all(saved)
+        except SupersededError as error:
+            self._error = error
+        except TesseraError as error:
+            self._report_failure(saved.ref, error)
+        except Exception as error:
+            self._error = error
+        finally:
+            with self._lock:
+                self._held.discard(saved.ref.name)
+            self._count(uploading=-1)
+
+    def _publish_all(self, saved: Saved) -> None:
+        world, main = self._world, self._world.is_main
+        began = time.monotonic()
+        failure: TesseraError | None = None
+        sent = 0
+        try:
+            if main:
+                guard_publication(self._run, self._attempt)
+            sent = upload_files(self._run, saved, lambda: not self._cancelled.is_set())
+        except TesseraError as error:
+            failure = error
+        parts = world.gather((sent, failure), background=True)
+        failures = [error for _, error in parts if error is not None]
+        if failures:
+            raise failures[0]
+        if any(count < 0 for count, _ in parts):
+            return  # cancelled; the next attempt removes what is there
+        if main:
+            self._seal_published(saved, sum(count for count, _ in parts), began)
+        self.root_step = max(self.root_step, saved.ref.step)
+
+    def _seal_published(self, saved: Saved, sent: int, began: float) -> None:
+        complete_checkpoint(self._run, self._attempt, self._journal, saved)
+        seconds = max(time.monotonic() - began, 1e-6)
+        self._bytes_per_s = sent / seconds
+        step = saved.ref.step
+        self._journal.metric("checkpoint/upload_s", seconds, step)
+        if not self._run.root.is_local:
+            self._journal.metric("traffic/up_bytes", sent, step)
+        keep, every = self._settings.keep, self._settings.every_steps
+        try_tidy(self._run, self._attempt, self._journal, saved.ref, keep, every)
+
+    def _report_failure(self, ref: CheckpointRef, error: TesseraError) -> None:
+        self._journal.event("checkpoint/failed", ref.step, reason=str(error))
+        self._say(f"no checkpoint at step {ref.step}: {error}")
+
+    def _count(self, *, writing: int = 0, uploading: int = 0) -> None:
+        with self._lock:
+            self._writing += writing
+            self._uploading += uploading
+
+
+class _Worker:
+    """A daemon thread that works off jobs: leaving the process never waits for it."""
+
+    def __init__(self, name: str) -> None:
+        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        threading.Thread(target=self._work, name=name, daemon=True).start()
+
+    def add(self, job: Callable[[], None]) -> None:
+        """Do it after those that came before."""
+        self._jobs.put(job)
+
+    def _work(self) -> None:
+        while True:
+            self._jobs.get()()

@@ -1,0 +1,108 @@
+"""From an experiment to a run and its program: everything that can be refused, refused here."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tessera.corpus.chat import conversations_digest
+from tessera.corpus.manifest import resolve
+from tessera.errors import InputError
+from tessera.evaluation.weights import load_base
+from tessera.experiment import Experiment, Pretrain, Sft
+from tessera.runs import Run, RunRecord, create_or_open, find_run
+from tessera.source import code_commit
+from tessera.storage import Root, canonical_json, sha256_bytes
+from tessera.training.loop import compiles
+from tessera.training.parallel import World
+from tessera.training.pretrain import PretrainProgram
+from tessera.training.program import Program
+from tessera.training.sft import SftProgram
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What an attempt needs; ``created`` says whether the run is new."""
+
+    experiment: Experiment
+    run: Run
+    created: bool
+    program: Program
+
+
+def prepare(
+    experiment: Experiment, root: Root, world: World, run_id: str | None, new: bool
+) -> Prepared:
+    """The run and its program; raises before anything is recorded if they do not fit."""
+    if experiment.deterministic:
+        be_deterministic()
+    dtype = compute_dtype(experiment.precision, world.device)
+    # The run's identity holds what `auto` came to: half a run in bf16 and half in float32 is none.
+    resolved = "bf16" if dtype == torch.bfloat16 else "float32"
+    experiment = experiment.model_copy(update={"precision": resolved})
+    program: Program
+    base_record: dict[str, str] | None = None
+    if isinstance(experiment, Pretrain):
+        manifest = resolve(root, experiment.data.corpus, experiment.data.fingerprint)
+        program = PretrainProgram(experiment, root, manifest, world, dtype)
+        fingerprint = manifest.fingerprint
+        data: dict[str, Any] = {"manifest": manifest.path}
+    else:
+        base = load_base(find_run(root, experiment.base, kind="pretrain"), torch.device("cpu"))
+        fingerprint = _sft_fingerprint(experiment, base.tokenizer.sha256)
+        base_record = {"run_id": base.run_id, "weights_digest": base.digest}
+        program = SftProgram(experiment, base, fingerprint, world, dtype)
+        files = list(experiment.data.conversations)
+        data = {"conversations": files, "steps": program.steps, "truncated": program.truncated}
+
+    def record() -> tuple[RunRecord, bool]:
+        run, created = create_or_open(
+            root,
+            experiment,
+            fingerprint=fingerprint,
+            data=data,
+            base=base_record,
+            run_id=run_id,
+            new=new,
+            commit=code_commit(),
+        )
+        return run.record, created
+
+    run_record, created = world.run_on_main(record)
+    if compiles(program):
+        for block in program.model.blocks:
+            block.compile()
+    program.model.train()
+    return Prepared(experiment, Run(root, run_record), created, program)
+
+
+def _sft_fingerprint(experiment: Sft, tokenizer_sha256: str) -> str:
+    files = [Path(name) for name in experiment.data.conversations]
+    material = {"tokenizer": tokenizer_sha256, "conversations": conversations_digest(files)}
+    return sha256_bytes(canonical_json(material))
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype of activations: ``auto`` is bf16 on a GPU that has it, else float32."""
+    if precision == "auto":
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if fast else torch.float32
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise InputError(
+            f"precision is bf16, but {torch.cuda.get_device_name(device)} has no bf16; use float32 "
+            "or another GPU."
+        )
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def be_deterministic() -> None:
+    """Only algorithms that give the same bits every time, where a GPU has a faster one too.
+
+    What remains without a deterministic form warns (``warn_only``) instead of ending the run.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
