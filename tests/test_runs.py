@@ -100,7 +100,7 @@ def test_the_identity_of_an_experiment_is_frozen() -> None:
     """If this fails, every run in every root would be started again under another id."""
     assert identity_hash(experiment().identity, FINGERPRINT) == "8bd196cb"
     sft = parse_experiment(SFT)
-    assert identity_hash(sft.identity, FINGERPRINT) == "991bad16"
+    assert identity_hash(sft.identity, FINGERPRINT) == "38c6682f"
 
 
 def test_identity_does_not_depend_on_order_but_on_every_value_and_the_data() -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from tessera.cli._exp_events import EVENTS
 from tessera.promotion.records import holders, read_promotions
 from tessera.promotion.registry import interviews_of
 from tessera.runs import Run, read_text
 from tessera.storage import Root
+from tessera.tracking.checkpoints import summarise_checkpoints
 from tessera.tracking.history import RunHistory, bill_all, read_with_neighbours
 from tessera.tracking.queries import (
     RunSummary,
@@ -39,6 +41,8 @@ def detail_of(root: Root, run: Run) -> Detail:
         "data": record.data,
         "attempt_list": [asdict(attempt) for attempt in attempts],
         "usd_by_category": usd_by_category(attempts),
+        "checkpoints": asdict(summarise_checkpoints(history)),
+        "events": _events(history),
         "losses": [
             {"step": point.step, "loss": point.number}
             for point in history.points
@@ -47,6 +51,23 @@ def detail_of(root: Root, run: Run) -> Detail:
         "adapters": _adapters(root, run, history),
     }
     return Detail(summarise_history(history, bills), rest)
+
+
+def _events(history: RunHistory) -> list[dict[str, Any]]:
+    """What happened to the run, oldest first, in attempts whose work was lost too."""
+    found = [
+        record
+        for item in history.attempts
+        for record in item.records
+        if record.kind == "event" and record.key in EVENTS
+    ]
+    return [
+        {
+            "time": record.time, "attempt": record.attempt, "step": record.step,
+            "event": record.key, "details": record.value,
+        }
+        for record in sorted(found, key=lambda record: (record.time, record.attempt, record.seq))
+    ]  # fmt: skip
 
 
 def _adapters(root: Root, run: Run, history: RunHistory) -> list[dict[str, Any]]:

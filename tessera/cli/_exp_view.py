@@ -18,12 +18,15 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 from tessera.cli._exp_detail import Detail
-from tessera.tracking.queries import RunSummary
+from tessera.cli._exp_events import worded
+from tessera.ledger.traffic import size
+from tessera.tracking.queries import TRAFFIC, RunSummary
 
 _LINE_EVERY_S = 5.0
 _LOG_WIDTH = 240  # cut to 80 columns in a log, figures would be lost
 # Never out: what it is, what it reached, against what, for how much.
 _FIRST_TO_GO = ("base", "step", "best", "kind", "$/Mtok", "tok/s", "tokens", "status", "wall")
+_EVENTS_SHOWN = 20
 _LEFT = frozenset({"run", "kind", "status", "base"})
 
 
@@ -91,8 +94,8 @@ def show_detail(detail: Detail) -> None:
             "step": _cells(row, {})["step"],
             "tokens": count(row.tokens),
             "loss": f"final {loss(row.final_loss)}, best {loss(row.best_loss)}, {reference}",
-            "cost": f"{dollars(row.cost_usd, row.cost_estimated)} "
-            f"({dollars(row.usd_per_mtok, row.cost_estimated)} per million tokens)",
+            "cost": _cost(row),
+            "checkpoints": _checkpoints(row, rest["checkpoints"]),
             "time": f"{duration(row.wall_s)} in {plural(row.attempts, 'attempt')}",
             "speed": "-" if row.tokens_per_s is None else f"{row.tokens_per_s:,.0f} tokens/s",
             "base": row.base or "-",
@@ -106,15 +109,14 @@ def show_detail(detail: Detail) -> None:
         ("attempt", "status", "device", "instance", "$/hour", "source", "time", "cost", "from"),
         [_attempt_cells(attempt) for attempt in rest["attempt_list"]],
     )
-    usd = rest["usd_by_category"] or {}
-    spent = [(name, seconds) for name, seconds in row.seconds.items() if seconds > 0]
+    _table(console, "where it went", ("category", "time", "cost"), _spent_cells(detail))
     _table(
         console,
-        "where it went",
-        ("category", "time", "cost"),
+        "events" if len(rest["events"]) <= _EVENTS_SHOWN else f"last {_EVENTS_SHOWN} events",
+        ("attempt", "step", "what happened"),
         [
-            [name, duration(seconds), dollars(usd.get(name), row.cost_estimated)]
-            for name, seconds in spent
+            [event["attempt"], count(event["step"]), worded(event["event"], event["details"])]
+            for event in rest["events"][-_EVENTS_SHOWN:]
         ],
     )
     _table(
@@ -133,11 +135,47 @@ def show_detail(detail: Detail) -> None:
     _pairs(console, dict(_flat(rest["experiment"])))
 
 
+def _cost(row: RunSummary) -> str:
+    text = (
+        f"{dollars(row.cost_usd, row.cost_estimated)} "
+        f"({dollars(row.usd_per_mtok, row.cost_estimated)} per million tokens)"
+    )
+    if row.traffic_usd > 0:
+        traffic = dollars(row.traffic_usd, row.cost_estimated)
+        text += f", {traffic} of it for {size(row.traffic_bytes)} of traffic"
+    return text
+
+
+def _checkpoints(row: RunSummary, saved: Mapping[str, Any]) -> str:
+    parts = [f"{saved['published']:,} published"]
+    if saved["bytes"]:
+        parts.append(size(saved["bytes"]))
+    stall = saved["stall_s"]
+    parts.append(f"stall {f'{stall:.2f} s' if stall < 10 else duration(stall)}")
+    if saved["stall_share"] is not None:
+        parts[-1] += f" ({100 * saved['stall_share']:.2f} % of training)"
+    if saved["usd"] > 0:
+        parts.append(f"{dollars(saved['usd'], row.cost_estimated)} traffic")
+    return ", ".join(parts)
+
+
+def _spent_cells(detail: Detail) -> list[list[str]]:
+    row, usd = detail.summary, detail.rest["usd_by_category"] or {}
+    cells = [
+        [name, duration(seconds), dollars(usd.get(name), row.cost_estimated)]
+        for name, seconds in row.seconds.items()
+        if seconds > 0
+    ]
+    if row.traffic_usd > 0:
+        cells.append([TRAFFIC, "-", dollars(row.traffic_usd, row.cost_estimated)])
+    return cells
+
+
 def _attempt_cells(attempt: dict[str, Any]) -> list[str]:
     price = attempt["usd_per_hour"]
     return [
         attempt["attempt"],
-        attempt["status"] + (" (end estimated)" if attempt["estimated"] else ""),
+        attempt["status"].replace("_", " ") + (" (end estimated)" if attempt["estimated"] else ""),
         attempt["device"],
         f"{attempt['provider']}/{attempt['instance']}",
         "-" if price is None else f"{price:.3f}",
@@ -256,7 +294,7 @@ def count(value: int | None) -> str:
 
 def short(value: float) -> str:
     """Such as ``950``, ``1.6M``, ``20.0B``."""
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.1f}{letter}"
+    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= unit:
+            return f"{value / unit:.1f}{letter}"
     return f"{value:.0f}"

@@ -22,4 +22,5 @@ def place_of(machine: Machine) -> Attempt:
         billed_from=machine.billed_from,
         billed_from_source=machine.billed_from_source,
         setup_started_at=machine.setup_started_at,
+        usd_per_gb_up=machine.traffic.usd_per_gb_up,
     )

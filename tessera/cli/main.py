@@ -87,8 +87,12 @@ def train(
     from tessera.storage import open_root
     from tessera.training.session import train as run_training
 
-    price = settings.price.usd_per_hour if settings.price else None
-    place = place_of(describe_machine(experiment_price=price))
+    price = settings.price
+    machine = describe_machine(
+        experiment_price=price.usd_per_hour if price else None,
+        experiment_traffic_price=price.usd_per_gb_up if price else None,
+    )
+    place = place_of(machine)
     result = run_training(settings, open_root(root), place, run_id=run_id, new=new, quiet=quiet)
     click.echo(f"{result.run.id}: {result.text}")
     return result.exit_code

@@ -21,7 +21,14 @@ from pathlib import Path
 import psutil
 
 from tessera.errors import InputError
-from tessera.ledger.prices import PRICE_VARIABLE, HourlyPrice, choose_price
+from tessera.ledger.prices import (
+    PRICE_VARIABLE,
+    TRAFFIC_VARIABLE,
+    HourlyPrice,
+    TrafficPrice,
+    choose_price,
+    choose_traffic_price,
+)
 
 BILLED_FROM_VARIABLE = "TESSERA_BILLED_FROM"
 SETUP_STARTED_VARIABLE = "TESSERA_SETUP_STARTED"
@@ -40,6 +47,7 @@ class Machine:
     device: str
     devices: int
     price: HourlyPrice
+    traffic: TrafficPrice
     process_started_at: float
     billed_from: float
     billed_from_source: str
@@ -47,11 +55,15 @@ class Machine:
 
 
 def describe_machine(
-    *, experiment_price: float | None = None, environ: Mapping[str, str] = os.environ
+    *,
+    experiment_price: float | None = None,
+    experiment_traffic_price: float | None = None,
+    environ: Mapping[str, str] = os.environ,
 ) -> Machine:
     """This machine, as the environment and the hardware tell it.
 
-    Raises ``InputError`` for a variable that is not the number it should be.
+    The experiment's prices, in US dollars an hour and for 10^9 bytes to the root, count where the
+    environment has none. Raises ``InputError`` for a variable that is not the number it should be.
     """
     provider, instance = _provider(environ)
     device, devices = _device()
@@ -70,6 +82,9 @@ def describe_machine(
         device=device,
         devices=devices,
         price=choose_price(variable=environ.get(PRICE_VARIABLE), experiment=experiment_price),
+        traffic=choose_traffic_price(
+            variable=environ.get(TRAFFIC_VARIABLE), experiment=experiment_traffic_price
+        ),
         process_started_at=started,
         billed_from=billed_from,
         billed_from_source=source,

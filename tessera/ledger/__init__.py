@@ -1,1 +1,1 @@
-"""Money and time: prices, the meter, the forecast. Pure functions over records."""
+"""Money and time: prices, the meter, traffic, the forecast. Pure functions over records."""

@@ -60,9 +60,16 @@ class Span:
 
 
 def bill(usages: Iterable[Usage]) -> dict[str, Bill]:
-    """Give every billed second to exactly one attempt; keyed by ``Usage.attempt``."""
-    by_instance: defaultdict[tuple[str, str], list[Usage]] = defaultdict(list)
+    """Give every billed second to exactly one attempt; keyed by ``Usage.attempt``.
+
+    An attempt that is named several times (read at two moments, say) counts once, as far as it was
+    seen last.
+    """
+    once: dict[str, Usage] = {}
     for usage in usages:
+        once[usage.attempt] = max(once.get(usage.attempt, usage), usage, key=_reach)
+    by_instance: defaultdict[tuple[str, str], list[Usage]] = defaultdict(list)
+    for usage in once.values():
         by_instance[usage.provider, usage.instance].append(usage)
     bills: dict[str, Bill] = {}
     for group in by_instance.values():
@@ -76,6 +83,10 @@ def bill(usages: Iterable[Usage]) -> dict[str, Bill]:
             usd = None if price is None else price * seconds / 3600
             bills[usage.attempt] = Bill(usage.attempt, tuple(own), seconds, usd, usage.estimated)
     return bills
+
+
+def _reach(usage: Usage) -> tuple[float, bool]:
+    return usage.ended_at, not usage.estimated  # of two that agree, the one that was told
 
 
 def subtract(wanted: Interval, taken: Sequence[Interval]) -> list[Interval]:

@@ -1,4 +1,4 @@
-"""What an hour of a machine costs, and who says so. Best source first."""
+"""What an hour of a machine and its traffic cost, and who says so. Best source first."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from tessera.errors import InputError
 
 PRICE_VARIABLE = "TESSERA_USD_PER_HOUR"
+TRAFFIC_VARIABLE = "TESSERA_USD_PER_GB_UP"
+PROVIDER, EXPERIMENT = "provider", "experiment"
 
 
 @dataclass(frozen=True)
@@ -15,6 +17,17 @@ class HourlyPrice:
     """US dollars an hour and where the figure comes from; None where nobody told one."""
 
     usd_per_hour: float | None
+    source: str
+
+
+@dataclass(frozen=True)
+class TrafficPrice:
+    """US dollars for 10^9 bytes from the machine to the root, and where the figure comes from.
+
+    0.0 where nobody told one: most providers bill none.
+    """
+
+    usd_per_gb_up: float
     source: str
 
 
@@ -27,17 +40,38 @@ def choose_price(
     number of dollars.
     """
     if provider is not None:
-        return HourlyPrice(provider, "provider")
+        return HourlyPrice(provider, PROVIDER)
     if variable:
-        try:
-            value = float(variable)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value) or value < 0:
-            raise InputError(
-                f"{PRICE_VARIABLE} is {variable!r}; expected US dollars an hour, such as 2.16."
-            )
-        return HourlyPrice(value, PRICE_VARIABLE)
+        return HourlyPrice(_dollars(PRICE_VARIABLE, variable, "an hour", 2.16), PRICE_VARIABLE)
     if experiment is not None:
-        return HourlyPrice(experiment, "experiment")
+        return HourlyPrice(experiment, EXPERIMENT)
     return HourlyPrice(None, "unknown")
+
+
+def choose_traffic_price(
+    *, provider: float | None = None, variable: str | None = None, experiment: float | None = None
+) -> TrafficPrice:
+    """The provider's own figure for this instance, else the variable, else the experiment's.
+
+    ``variable`` is the text of ``TESSERA_USD_PER_GB_UP``. Raises ``InputError`` if that is not a
+    number of dollars.
+    """
+    if provider is not None:
+        return TrafficPrice(provider, PROVIDER)
+    if variable:
+        value = _dollars(TRAFFIC_VARIABLE, variable, "for 10^9 bytes", 0.02)
+        return TrafficPrice(value, TRAFFIC_VARIABLE)
+    if experiment is not None:
+        return TrafficPrice(experiment, EXPERIMENT)
+    return TrafficPrice(0.0, "not billed")
+
+
+def _dollars(name: str, text: str, unit: str, example: float) -> float:
+    """The number that the variable ``name`` holds; ``InputError`` if it is no sum of dollars."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or value < 0:
+        raise InputError(f"{name} is {text!r}; expected US dollars {unit}, such as {example}.")
+    return value

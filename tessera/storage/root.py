@@ -15,7 +15,8 @@ from tessera.storage.digests import sha256_file
 from tessera.storage.faults import MismatchError
 from tessera.storage.local import TEMPORARY, require_writable, temporary_beside
 from tessera.storage.retry import Caller, Limits, timeout_from_environment
-from tessera.storage.s3 import S3Store, options
+from tessera.storage.s3 import S3Store
+from tessera.storage.s3_requests import options
 from tessera.storage.stores import FolderStore, FsspecStore, Store
 
 DEFAULT_ROOT = ".tessera"

@@ -1,8 +1,8 @@
 """S3 and its relatives: every byte that goes or comes is checked, whatever lies in between.
 
-s3fs brings the connection, the keys and the settings; the requests are made here, one try each,
-because only their answers tell the ETag of what was moved, and because one lost request of a
-thousand must not send 12 GB again. ``Caller`` tries each of them again.
+The requests are made here and not by s3fs, because only their answers tell the ETag of what was
+moved, and because one lost request of a thousand must not send 12 GB again: ``Caller`` tries each of
+them again.
 
 What an ETag proves:
 
@@ -20,7 +20,6 @@ with itself and passes for one whose ETag is no MD5. Where that matters, there i
 from __future__ import annotations
 
 import base64
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -28,9 +27,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import fsspec
-
-from tessera.errors import InputError, NotFoundError, StoreError
+from tessera.errors import NotFoundError, StoreError
 from tessera.storage.digests import (
     CHUNK,
     Content,
@@ -44,38 +41,19 @@ from tessera.storage.digests import (
     part_size,
     parts_etag,
 )
-from tessera.storage.faults import BrokenAnswerError, MismatchError, is_taken
-from tessera.storage.retry import WORKERS, Budget, Caller, Limits, at_once
+from tessera.storage.faults import MismatchError, is_taken
+from tessera.storage.retry import WORKERS, Budget, Caller, at_once
+from tessera.storage.s3_requests import S3Requests
 from tessera.storage.stores import DOWNLOADS, Progress, not_stored
 
 _REMEMBERED = 4096
 
 
-def options(limits: Limits) -> dict[str, Any]:
-    """Arguments of s3fs: short time-outs, no retries below ours, checksums only where required."""
-    config: dict[str, Any] = {
-        **fsspec.config.conf.get("s3", {}).get("config_kwargs", {}),  # ours would replace them
-        "connect_timeout": limits.timeout_s,
-        "read_timeout": limits.timeout_s,
-        "retries": {"total_max_attempts": 1, "mode": "standard"},
-        "max_pool_connections": 4 * WORKERS,
-    }
-    # Some stores answer a ranged read with the whole object's checksum.
-    for name in ("request_checksum_calculation", "response_checksum_validation"):
-        config[name] = os.environ.get(f"AWS_{name.upper()}", "when_required")
-    # Each root has a connection of its own: an instance that fsspec kept would also keep the keys
-    # and the endpoint that the environment named when it was made.
-    return {"config_kwargs": config, "use_listings_cache": False, "skip_instance_cache": True}
-
-
-class S3Store:
+class S3Store(S3Requests):
     """One bucket and prefix, safe to use from several threads."""
 
     def __init__(self, fs: Any, base: str, caller: Caller) -> None:
-        fs.retries = 1  # tries, not tries after the first one
-        self._fs, self._caller = fs, caller
-        self._bucket, prefix, _ = fs.split_path(base)
-        self._prefix = f"{prefix}/" if prefix else ""
+        super().__init__(fs, base, caller)
         self._verified: OrderedDict[str, tuple[str, bytes]] = OrderedDict()
         self._lock = threading.Lock()
         self._opaque = False  # an ETag was seen that is no digest
@@ -293,16 +271,23 @@ class S3Store:
     ) -> tuple[bytes, str, int]:
         """Send one part; return its MD5, its ETag and how many bytes it has."""
         data = content.read((number - 1) * length, length)
-        digest, etag = md5(data), ""
-        for _ in range(2):
+        digest = md5(data)
+
+        def send() -> str:
             answer = self._request(
                 path, "upload_part", "ETag", budget, WORKERS, UploadId=upload, PartNumber=number,
                 Body=data, ContentMD5=_base64(digest),
             )  # fmt: skip
-            etag = str(answer["ETag"])
-            # One that is no MD5 twice is left to the check of the whole object.
-            if bare(etag) == digest.hex() or self._opaque:
-                break
+            return str(answer["ETag"])
+
+        etag = send()
+        if bare(etag) != digest.hex() and not self._opaque:
+            try:
+                etag = send()  # no MD5 again: left to the check of the whole object
+            except NotFoundError:
+                raise
+            except StoreError as error:  # rclone lets nobody replace a part: begin again
+                raise not_stored(path, self._caller.url) from error
         return digest, etag, len(data)
 
     def _holds(self, path: str, etag: str, content: Content) -> bool:
@@ -328,10 +313,7 @@ class S3Store:
         self._remember(path, etag, md5_of(content))
         return True
 
-    # -- inside ----------------------------------------------------------------------------------
-
-    def _key(self, path: str) -> str:
-        return f"{self._prefix}{path}" if path else self._prefix.rstrip("/")
+    # -- what ETags stood for -----------------------------------------------------------------------
 
     def _remember(self, path: str, etag: str, digest: bytes) -> None:
         with self._lock:
@@ -344,60 +326,6 @@ class S3Store:
     def _remembers(self, path: str, etag: str, digest: bytes) -> bool:
         with self._lock:
             return bool(etag) and self._verified.get(path) == (etag, digest)
-
-    def _request(
-        self,
-        path: str,
-        method: str,
-        needed: str = "",
-        budget: Budget | None = None,
-        share: int = 1,
-        **arguments: Any,
-    ) -> dict[str, Any]:
-        """One request about ``path``, tried again while its faults may pass.
-
-        ``needed`` must be in the answer. ``share`` requests of this call lose time at once.
-        """
-        if method != "list_objects_v2":
-            arguments["Key"] = self._key(path)
-        return self._caller.call(
-            path, lambda: self._ask(method, needed, **arguments), budget=budget, share=share
-        )
-
-    def _ask(self, method: str, needed: str, **arguments: Any) -> dict[str, Any]:
-        """One try of one request, in the thread that runs s3fs's event loop."""
-        answer: dict[str, Any] = fsspec.asyn.sync(
-            self._fs.loop, self._answer, method, needed, arguments,
-            timeout=self._caller.limits.request_s(len(arguments.get("Body", b"")) or CHUNK),
-        )  # fmt: skip
-        return answer
-
-    async def _answer(self, method: str, needed: str, arguments: dict[str, Any]) -> dict[str, Any]:
-        """The parsed answer; bytes of an object of at most ``CHUNK`` are under ``data``."""
-        try:
-            await self._fs.set_session()
-        except ValueError as error:
-            raise InputError(
-                f"The root {self._caller.url!r} cannot be opened ({error}); check AWS_ENDPOINT_URL "
-                "and the other settings of the store."
-            ) from error
-        try:
-            answer = await self._fs._call_s3(method, Bucket=self._bucket, **arguments)
-            if "Body" in answer:
-                body = answer.pop("Body")
-                try:
-                    if int(answer["ContentLength"]) <= CHUNK:
-                        answer["data"] = await body.read()
-                finally:
-                    body.close()
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            # What the parsers raise on XML and headers that are well-formed and make no sense.
-            raise BrokenAnswerError(f"{method} was answered with nonsense ({error})") from error
-        if answer.get("IsTruncated") and method == "list_objects_v2":
-            needed = "NextContinuationToken"
-        if needed and needed not in answer:
-            raise BrokenAnswerError(f"{method} was answered without {needed}")
-        return dict(answer)
 
 
 def _base64(digest: bytes) -> str:

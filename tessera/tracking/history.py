@@ -17,6 +17,7 @@ from functools import cached_property
 
 from tessera.errors import DamagedError
 from tessera.ledger.meter import Bill, Span, Usage, bill, file_seconds
+from tessera.ledger.traffic import UP_BYTES, count_bytes, traffic_usd
 from tessera.runs import OUTCOMES_DONE, Attempt, Ending, Run, Segment, scan_runs
 from tessera.storage import Root
 from tessera.tracking.journal import Kind, Record, last_record_time, read_journal
@@ -57,6 +58,20 @@ class AttemptHistory:
             a.id, a.provider, a.instance, a.started_at, a.billed_from, self.ended_at,
             a.usd_per_hour, self.estimated,
         )  # fmt: skip
+
+    @cached_property
+    def traffic_bytes(self) -> int:
+        """Bytes that it sent to the root; whatever became of the work, they are paid for."""
+        return count_bytes(
+            record.number
+            for record in self.records
+            if record.kind == "metric" and record.key == UP_BYTES
+        )
+
+    @property
+    def traffic_usd(self) -> float:
+        """US dollars of those bytes; 0 where the attempt's traffic is not billed."""
+        return traffic_usd(self.traffic_bytes, self.attempt.usd_per_gb_up)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 
 from tessera.errors import DamagedError
 from tessera.ledger.meter import CATEGORIES, Bill, total_usd
+from tessera.ledger.traffic import plus_traffic
 from tessera.runs import (
     BUDGET,
     DIVERGED,
@@ -41,6 +42,7 @@ from tessera.tracking.journal import Record
 
 Status = Literal["finished", "budget", "running", "died", "failed", "diverged", "preempted"]
 STATUSES: tuple[Status, ...] = get_args(Status)
+TRAFFIC = "traffic"
 _BY_OUTCOME: dict[str, Status] = {
     FINISHED: "finished", BUDGET: "budget", DIVERGED: "diverged",
     PREEMPTED: "preempted", FAILED: "failed", ROLLED_BACK: "died",
@@ -53,11 +55,13 @@ class RunSummary:
 
     Losses are nats a token on the frozen evaluation. ``final_loss`` and ``best_loss`` leave the
     base's loss at step 0 of a fine-tuning out (it is ``base_loss``). ``cost_usd`` covers every
-    attempt; ``cost_estimated`` says that an end or a price in it is one. ``usd_per_mtok`` is
-    dollars per million tokens. ``wall_s`` adds up the attempts from start to end, ``seconds`` files
-    what was billed by category. ``tokens_per_s`` counts the lineage's tokens over its seconds of
-    training and waiting for data. ``step`` is covered by a checkpoint or the end, ``live_step`` is
-    beyond it. Times are seconds since the epoch; ``ended_at`` is None while the run is running.
+    attempt's machine and traffic; ``cost_estimated`` says that an end or a price in it is one.
+    ``traffic_usd`` is the part of it for the ``traffic_bytes`` that were sent to the root (known
+    even where the machine's price is not). ``usd_per_mtok`` is dollars per million tokens.
+    ``wall_s`` adds up the attempts from start to end, ``seconds`` files what was billed by
+    category. ``tokens_per_s`` counts the lineage's tokens over its seconds of training and waiting
+    for data. ``step`` is covered by a checkpoint or the end, ``live_step`` is beyond it. Times are
+    seconds since the epoch; ``ended_at`` is None while the run is running.
     """
 
     run_id: str
@@ -78,6 +82,8 @@ class RunSummary:
     unigram_entropy: float | None
     cost_usd: float | None
     cost_estimated: bool
+    traffic_usd: float
+    traffic_bytes: int
     usd_per_mtok: float | None
     wall_s: float
     tokens_per_s: float | None
@@ -120,7 +126,8 @@ def summarise_history(
     """One run that was read already; ``bills`` is ``bill_all`` over all runs of the root."""
     record = history.run.record
     own = bills_of(history, bills)
-    cost = total_usd(own_bill for _, own_bill in own) if own else 0.0
+    traffic = sum((item.traffic_usd for item in history.attempts), 0.0)
+    cost = plus_traffic(total_usd(own_bill for _, own_bill in own), traffic)
     seconds = dict.fromkeys(CATEGORIES, 0.0)
     for item, own_bill in own:
         for name, value in file_attempt(history, item, own_bill).items():
@@ -152,6 +159,8 @@ def summarise_history(
         unigram_entropy=last_number(points, "eval/unigram_entropy"),
         cost_usd=cost,
         cost_estimated=any(b.estimated for _, b in own) or not SURE_PRICES.issuperset(sources),
+        traffic_usd=traffic,
+        traffic_bytes=sum(item.traffic_bytes for item in history.attempts),
         usd_per_mtok=cost / tokens * 1e6 if cost is not None and tokens else None,
         wall_s=sum(max(0.0, i.ended_at - i.attempt.started_at) for i in history.attempts),
         tokens_per_s=_speed(history, tokens),
@@ -219,7 +228,8 @@ class AttemptSummary:
     """One attempt's bill: ``status`` is its outcome, ``running`` or ``died``; times in s.
 
     ``estimated``: nobody told the end; ``usd_estimated``: that or the price is a guess.
-    ``seconds`` are billed seconds by category; ``usd`` is None where nobody told a price.
+    ``seconds`` are billed seconds by category. ``usd`` is for those and for the traffic, so that
+    the attempts' add up to the run's; None where nobody told the price of an hour.
     """
 
     attempt: str
@@ -237,6 +247,9 @@ class AttemptSummary:
     resumed_from: int | None
     usd: float | None
     usd_estimated: bool
+    usd_per_gb_up: float
+    traffic_bytes: int
+    traffic_usd: float
     seconds: dict[str, float]
 
 
@@ -261,8 +274,11 @@ def summarise_attempts(history: RunHistory, bills: dict[str, Bill]) -> list[Atte
                 ended_at=item.ended_at,
                 estimated=own.estimated,
                 resumed_from=a.resumed_from.step if a.resumed_from else None,
-                usd=own.usd,
+                usd=plus_traffic(own.usd, item.traffic_usd),
                 usd_estimated=own.estimated or a.price_source not in SURE_PRICES,
+                usd_per_gb_up=a.usd_per_gb_up,
+                traffic_bytes=item.traffic_bytes,
+                traffic_usd=item.traffic_usd,
                 seconds=file_attempt(history, item, own),
             )
         )
@@ -270,11 +286,15 @@ def summarise_attempts(history: RunHistory, bills: dict[str, Bill]) -> list[Atte
 
 
 def usd_by_category(attempts: Sequence[AttemptSummary]) -> dict[str, float] | None:
-    """Dollars by category of the ledger, over all attempts; None if a price is unknown."""
-    total = dict.fromkeys(CATEGORIES, 0.0)
+    """Dollars by category of the ledger and ``traffic``, over all attempts.
+
+    They add up to the run's cost; None if a price is unknown.
+    """
+    total = dict.fromkeys((*CATEGORIES, TRAFFIC), 0.0)
     for attempt in attempts:
         if attempt.usd_per_hour is None:
             return None
+        total[TRAFFIC] += attempt.traffic_usd
         for name, seconds in attempt.seconds.items():
             total[name] += seconds * attempt.usd_per_hour / 3600
     return total

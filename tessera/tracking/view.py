@@ -55,6 +55,8 @@ def tags(history: RunHistory, summary: RunSummary) -> dict[str, str]:
         "tessera.price_source": ", ".join(summary.price_sources),
         "tessera.cost_usd": None if summary.cost_usd is None else f"{summary.cost_usd:.6f}",
         "tessera.cost_estimated": str(summary.cost_estimated).lower(),
+        "tessera.traffic_usd": f"{summary.traffic_usd:.6f}" if summary.traffic_bytes else None,
+        "tessera.traffic_bytes": summary.traffic_bytes or None,
         "tessera.base": summary.base,
         "mlflow.source.git.commit": record.commit,
         "tessera.commit": record.commit,
@@ -71,6 +73,7 @@ def tags(history: RunHistory, summary: RunSummary) -> dict[str, str]:
             "tessera.instance": latest.instance,
             "tessera.host": latest.host,
             "tessera.usd_per_hour": latest.usd_per_hour,
+            "tessera.usd_per_gb_up": latest.usd_per_gb_up or None,
         }
     for event in history.kept("event"):
         if event.key == "model/published" and isinstance(event.value, dict):
@@ -105,7 +108,8 @@ def _live(history: RunHistory, summary: RunSummary) -> str | None:
 def finals(summary: RunSummary) -> dict[str, float]:
     """The figures that runs are compared by, once the run has said how it ended.
 
-    Losses in nats a token, dollars, seconds, dollars per million tokens. A run that was preempted
+    Losses in nats a token, dollars (those of traffic once more by themselves, where bytes went to
+    the root), seconds, dollars per million tokens. A run that was preempted
     or killed will go on, so its figures stay in the tags.
     """
     if summary.status not in _FINAL_STATUSES:
@@ -118,6 +122,11 @@ def finals(summary: RunSummary) -> dict[str, float]:
         "final/usd_per_mtok": summary.usd_per_mtok,
         "final/tokens_per_s": summary.tokens_per_s,
     }
+    if summary.traffic_bytes:
+        found |= {
+            "final/traffic_usd": summary.traffic_usd,
+            "final/traffic_bytes": float(summary.traffic_bytes),
+        }
     return {key: value for key, value in found.items() if value is not None}
 
 

@@ -108,6 +108,15 @@ class Trainer:
             )
             outcome = Ending(FAILED, 2, 0.0, start.step, reason)
             raise InputError(reason) from error
+        except RuntimeError as error:
+            if "deterministic" not in str(error):
+                raise
+            reason = (
+                "deterministic: true, but an operation of this training has no deterministic form "
+                f"on {attempt.device} ({str(error).splitlines()[0][:120]}); set it to false."
+            )
+            outcome = Ending(FAILED, 2, 0.0, start.step, reason)
+            raise InputError(reason) from error
         except TesseraError as error:
             kind = {DivergedError: DIVERGED, SupersededError: SUPERSEDED}.get(type(error), FAILED)
             if kind == DIVERGED:

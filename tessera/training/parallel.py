@@ -25,7 +25,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tessera.errors import InputError, RetryElsewhereError, TesseraError
-from tessera.evaluation.weights import best_device
 from tessera.training.launch import PEER_LOST
 
 T = TypeVar("T")
@@ -164,7 +163,7 @@ def join(device_type: str | None = None, timeout_s: float | None = None) -> Worl
     them may be downloading a checkpoint. Raises ``InputError`` for variables that cannot be used,
     ``RetryElsewhereError`` if the others do not come.
     """
-    kind = device_type or best_device().type
+    kind = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return World(0, 1, 0, 1, torch.device(kind))
     missing = [name for name in _TORCHRUN if not os.environ.get(name)]

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, cast
 
 import torch
@@ -40,6 +41,8 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 SINGLE, DDP, FSDP = "single", "ddp", "fsdp"
 _TRAINED_BYTES, _FROZEN_BYTES = 16, 4
+_NEW, _OLD = "forward_sync_buffers", "broadcast_buffers"  # torch 2.13 renamed it, and warns
+_BUFFERS = _NEW if _NEW in signature(DistributedDataParallel.__init__).parameters else _OLD
 
 
 @dataclass(frozen=True)
@@ -47,14 +50,14 @@ class Tuning:
     """How gradients and parameters travel; the defaults are what training uses.
 
     DDP: gradients are sent together in buckets of ``bucket_mb``; with ``bucket_view`` they live in
-    the buckets; ``static_graph`` promises the same graph every step; ``bf16_gradients`` halves the
-    traffic and rounds the gradients, so it changes the loss. FSDP: with ``reshard`` the other
-    workers' parameters are given back after a forward pass and fetched again for the backward.
+    the buckets; ``bf16_gradients`` halves the traffic and rounds the gradients, so it changes the
+    loss. DDP's ``static_graph`` is not offered: torch 2.13 fails if the first backward pass does
+    not synchronise. FSDP: with ``reshard`` the other workers' parameters are given back after a
+    forward pass and fetched again for the backward.
     """
 
     bucket_mb: float = 100.0
     bucket_view: bool = True
-    static_graph: bool = False
     bf16_gradients: bool = False
     reshard: bool = True
 
@@ -84,8 +87,10 @@ class Replica:
 
     ``trainable`` holds the parameters to give to the optimiser, under the model's own names (FSDP
     replaces them, so take them from here, after ``build``). Fused AdamW steps them and heeds
-    ``found_inf`` (a float32 scalar tensor on the device) with either kind.
+    ``found_inf`` (a float32 scalar tensor on the device) with either kind. ``strategy`` says which.
     """
+
+    strategy = SINGLE
 
     def __init__(
         self, model: ProtoGPT, world: World, compute_dtype: torch.dtype, loss_fn: Loss
@@ -188,6 +193,8 @@ class _Step(nn.Module):
 class _DdpReplica(Replica):
     """A whole copy on every worker; gradients are added up while the backward pass goes on."""
 
+    strategy = DDP
+
     def __init__(
         self,
         model: ProtoGPT,
@@ -205,10 +212,9 @@ class _DdpReplica(Replica):
         self._ddp = DistributedDataParallel(
             _Step(model, self._local_loss),
             device_ids=[world.device] if world.device.type == "cuda" else None,
-            broadcast_buffers=False,
+            **{_BUFFERS: False},  # type: ignore[arg-type]  # each worker keeps its own
             bucket_cap_mb=cast("int", tuning.bucket_mb),
             gradient_as_bucket_view=tuning.bucket_view,
-            static_graph=tuning.static_graph,
         )
         add_up = lambda state, bucket: _add_up(bucket)  # noqa: E731 - DDP refuses our annotations
         hook = bf16_compress_wrapper(add_up) if tuning.bf16_gradients else add_up
@@ -233,6 +239,8 @@ def _add_up(bucket: GradBucket) -> torch.futures.Future[Tensor]:
 
 class _FsdpReplica(Replica):
     """A share of every parameter, gradient and moment; blocks are put together when needed."""
+
+    strategy = FSDP
 
     def __init__(
         self,

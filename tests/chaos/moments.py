@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from tests.chaos.objects import COMPLETE
 from tests.services.proxied import Entry
 
-FORCED_AFTER_S = 6.0
+FORCED_AFTER_S = 12.0
 """A moment that has not come this long after it was due is forced: some may never come."""
-SPREAD_OVER = 0.6
-"""The share of the steps after which the last kill is due, but for those at the very end."""
+DUE_EVERY_STEPS = 20
+"""How many more steps must be safe in the root before the next kill is due."""
 
 
 def _at(event: str, method: str, pattern: str) -> Callable[[Entry], bool]:
@@ -88,8 +88,8 @@ class Strike:
         return "+".join(signal.Signals(number).name for number in self.signals)
 
 
-def plan(kills: int, steps: int, chance: random.Random, *, reads_visible: bool) -> list[Strike]:
-    """``kills`` strikes spread over ``steps``, every moment about equally often.
+def plan(kills: int, chance: random.Random, *, reads_visible: bool) -> list[Strike]:
+    """``kills`` strikes, every moment about equally often.
 
     The last ones fall on the publication of the model, with -9: a trainer that has just published
     may well answer SIGTERM by finishing.
@@ -112,7 +112,7 @@ def plan(kills: int, steps: int, chance: random.Random, *, reads_visible: bool) 
             Strike(
                 moment,
                 chance.uniform(0, moment.longest_delay_s),
-                0 if moment in final else int(SPREAD_OVER * steps * (number + 1) / spread),
+                0 if moment in final else DUE_EVERY_STEPS * (number + 1),
                 (signal.SIGKILL,) if hard else polite,
                 chance.uniform(0, 0.5),
                 chance.random() < 0.35 or download_next,

@@ -22,7 +22,7 @@ from tests.services.stores import Store, serve
 from tests.services.trainers import Forker
 from tests.training.conftest import BASE, write_corpus
 
-TOKENS_PER_STEP = 512
+TOKENS_PER_STEP = 256
 EVERY_STEPS = 5
 STEPS_A_KILL = 30
 
@@ -34,15 +34,16 @@ class Setting:
     kills: int
     seed: int
     faults: Faults
+    margin_steps: int = 150
 
     @property
     def steps(self) -> int:
-        """Enough that the kills spread and the run does not finish before the last one.
+        """Enough that the run does not finish before the last kill but one.
 
         Checkpoints are published while the loop goes on, so by the time that a kill is due and its
-        moment has come the loop may be a second or two further.
+        moment has come the loop may be some seconds further; a step takes about 20 ms.
         """
-        return max(120, STEPS_A_KILL * self.kills)
+        return STEPS_A_KILL * self.kills + self.margin_steps
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ def run_store(
             Course([Machine.rent(1, folder)]),
             lambda kill: report(store, kill, setting.steps),
         )
-        strikes = plan(setting.kills, setting.steps, chance, reads_visible=where.proxy is not None)
+        strikes = plan(setting.kills, chance, reads_visible=where.proxy is not None)
         try:
             driver.run(strikes)
             row = listed(where.root, where.reader)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tessera.cli import _exp_view as view
+from tessera.cli._exp_events import worded
 from tessera.cli.common import run_command
 from tessera.cli.exp import exp
 
@@ -116,6 +117,138 @@ def test_show_tells_all_of_one_run(bench: Bench, shell: Shell) -> None:
     assert detail["usd_by_category"]["train"] == pytest.approx(0.0036)
     assert sum(detail["usd_by_category"].values()) == pytest.approx(detail["cost_usd"])
     assert [point["loss"] for point in detail["losses"]] == [5.0, 3.5]
+
+
+def line(out: str, name: str) -> str:
+    """The line of ``show`` that begins with ``name``."""
+    (found,) = [text for text in out.splitlines() if text.strip().startswith(name)]
+    return found.strip().removeprefix(name).strip()
+
+
+def with_traffic(bench: Bench, **changes: Any) -> None:
+    """A run that went back once and then finished, with two gigabytes of checkpoints."""
+    run = bench.create("far")
+    first = bench.launch(run, usd_per_gb_up=0.01, **changes)
+    journal = first.journal
+    first.steps(1, 10)
+    journal.metric("checkpoint/stall_s", 0.018, 10)
+    journal.event("checkpoint/published", 10, folder="f")
+    first.checkpoint(10)
+    journal.metric("traffic/up_bytes", 1e9, 10)
+    journal.event("stability/skipped", 12, loss=float("nan"), grad_norm=123.456, first_sample=704,
+                  end_sample=768)  # fmt: skip
+    journal.event("checkpoint/postponed", 13, reason="an upload is under way")
+    journal.event("checkpoint/failed", 14, reason="the store is down")
+    journal.event("checkpoint/stays_local", 15, reason="4 s are left")
+    journal.event("run/rolled_back", 15, reason="6 steps failed", to_step=10,
+                  excluded=[[704, 768], [1024, 1088]])  # fmt: skip
+    first.end("ROLLED_BACK", 15)
+    second = bench.launch(run, usd_per_gb_up=0.01, **changes)
+    second.journal.event("attempt/resumed", 10, adopted=[], local=False, lost_steps=5, lost_s=61.4,
+                         lost_usd=0.0614, lost_attempt=first.attempt.id)  # fmt: skip
+    second.steps(11, 20)
+    second.journal.event("checkpoint/published", 20, folder="f")
+    second.checkpoint(20)
+    second.journal.metric("traffic/up_bytes", 1e9, 20)
+    second.end("FINISHED", 20)
+
+
+def test_show_tells_traffic_and_checkpoints_apart(bench: Bench, shell: Shell) -> None:
+    with_traffic(bench)
+    code, out, err = shell("show", "far")
+    assert (code, err) == (0, "")
+    assert line(out, "cost ") == (
+        "$0.0400 ($2.00 per million tokens), $0.0200 of it for 2.0 GB of traffic"
+    )
+    assert line(out, "checkpoints ") == (
+        "2 published, 2.0 GB, stall 0.02 s (0.10 % of training), $0.0200 traffic"
+    )
+    assert line(out, "traffic ").split() == ["-", "$0.0200"]
+    detail = shell.json("show", "far")
+    assert detail["cost_usd"] == pytest.approx(0.04)
+    assert (detail["traffic_usd"], detail["traffic_bytes"]) == (pytest.approx(0.02), 2_000_000_000)
+    assert [a["traffic_bytes"] for a in detail["attempt_list"]] == [10**9, 10**9]
+    assert sum(a["usd"] for a in detail["attempt_list"]) == pytest.approx(0.04)
+    assert sum(detail["usd_by_category"].values()) == pytest.approx(0.04)
+    assert detail["checkpoints"]["published"] == 2
+    (row,) = shell.json("list")
+    assert (row["cost_usd"], row["traffic_usd"]) == (pytest.approx(0.04), pytest.approx(0.02))
+    assert "$0.0400" in shell("list")[1]
+
+
+def test_show_words_what_happened(bench: Bench, shell: Shell) -> None:
+    with_traffic(bench)
+    out = shell("show", "far")[1]
+    assert "rolled back" in out
+    assert "rolled_back" not in out
+    assert "events" in out
+    first = shell.json("show", "far")["attempt_list"][0]["attempt"]
+    for text in (
+        "step not applied: loss NaN, gradient norm 123.5; samples 704 to 767 skipped",
+        "upload of the checkpoint postponed: an upload is under way",
+        "no checkpoint: the store is down",
+        "checkpoint stays on the machine's own disk: 4 s are left",
+        "went back to step 10: 6 steps failed; samples 704 to 767, 1,024 to 1,087 left out",
+        f"continued from the root; 5 steps of attempt {first} lost (61 s, $0.0614)",
+    ):
+        assert text in out, text
+    events = shell.json("show", "far")["events"]
+    assert [event["event"] for event in events] == [
+        "stability/skipped", "checkpoint/postponed", "checkpoint/failed", "checkpoint/stays_local",
+        "run/rolled_back", "attempt/resumed",
+    ]  # fmt: skip
+    assert (events[-1]["step"], events[-1]["details"]["lost_steps"]) == (10, 5)
+
+
+@pytest.mark.parametrize(
+    ("key", "details", "shown"),
+    [
+        ("attempt/resumed", {"local": True}, "continued from this machine's disk, nothing lost"),
+        ("attempt/resumed", {"lost_steps": 1, "lost_s": 2.0, "lost_usd": None},
+         "continued from the root; 1 step lost (2 s)"),
+        ("run/rolled_back", {"reason": "spike", "to_step": 1000}, "went back to step 1,000: spike"),
+        ("checkpoint/failed", {}, "checkpoint/failed: {}"),
+        ("checkpoint/failed", "what", "checkpoint/failed: what"),
+        ("stability/skipped", {"loss": None}, "stability/skipped: {'loss': None}"),
+        ("run/rolled_back", {"reason": "r", "to_step": 1, "excluded": [[1]]},
+         "run/rolled_back: {'reason': 'r', 'to_step': 1, 'excluded': [[1]]}"),
+    ],
+)  # fmt: skip
+def test_events_in_words_and_odd_ones_as_they_are(key: str, details: Any, shown: str) -> None:
+    assert worded(key, details) == shown
+
+
+def test_of_many_events_the_last_are_shown(bench: Bench, shell: Shell) -> None:
+    writer = bench.launch(bench.create("spiky"))
+    for step in range(1, 31):
+        writer.journal.event("checkpoint/failed", step, reason=f"outage {step};")
+    writer.end("FAILED", 30)
+    out = shell("show", "spiky")[1]
+    assert "last 20 events" in out
+    assert "outage 30;" in out
+    assert "outage 11;" in out
+    assert "outage 10;" not in out
+    assert len(shell.json("show", "spiky")["events"]) == 30
+
+
+def test_an_unknown_price_breaks_no_table(bench: Bench, shell: Shell) -> None:
+    with_traffic(bench, usd_per_hour=None, price_source="unknown")
+    assert shell("list")[0] == 0
+    code, out, err = shell("show", "far")
+    assert (code, err) == (0, "")
+    assert line(out, "cost ") == "? (? per million tokens), ~$0.0200 of it for 2.0 GB of traffic"
+    assert line(out, "traffic ").split() == ["-", "~$0.0200"]
+    detail = shell.json("show", "far")
+    assert (detail["cost_usd"], detail["usd_by_category"]) == (None, None)
+    assert detail["traffic_usd"] == pytest.approx(0.02)
+
+
+def test_a_run_without_traffic_says_nothing_of_it(bench: Bench, shell: Shell) -> None:
+    bench.finished()
+    out = shell("show", "base")[1]
+    assert "traffic" not in out
+    assert "events" not in out
+    assert line(out, "checkpoints ") == "0 published, stall 0.00 s (0.00 % of training)"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from tessera.cli.attempts import place_of
 from tessera.cloud.machine import describe_machine
 from tessera.errors import InputError
-from tessera.ledger.prices import HourlyPrice
+from tessera.ledger.prices import HourlyPrice, TrafficPrice
 
 
 def sky(cluster: str, cloud: str) -> str:
@@ -91,8 +91,8 @@ def test_a_time_that_cannot_be_is_a_sentence(name: str, text: str) -> None:
 
 
 def test_an_empty_variable_is_none() -> None:
-    names = ("TESSERA_BILLED_FROM", "TESSERA_SETUP_STARTED", "TESSERA_USD_PER_HOUR")
-    empty = describe_machine(environ=dict.fromkeys(names, ""))
+    names = ("BILLED_FROM", "SETUP_STARTED", "USD_PER_HOUR", "USD_PER_GB_UP")
+    empty = describe_machine(environ={f"TESSERA_{name}": "" for name in names})
     assert empty == describe_machine(environ={})
 
 
@@ -107,6 +107,19 @@ def test_the_price_of_the_variable_counts_before_that_of_the_experiment() -> Non
     assert describe_machine(environ={}).price == HourlyPrice(None, "unknown")
     with pytest.raises(InputError, match="TESSERA_USD_PER_HOUR is 'much'"):
         describe_machine(environ={"TESSERA_USD_PER_HOUR": "much"})
+
+
+def test_the_price_of_traffic_is_found_the_same_way() -> None:
+    variable = {"TESSERA_USD_PER_GB_UP": "0.02"}
+    told = describe_machine(environ=variable, experiment_traffic_price=5.0)
+    assert told.traffic == TrafficPrice(0.02, "TESSERA_USD_PER_GB_UP")
+    assert place_of(told).usd_per_gb_up == 0.02
+    guessed = describe_machine(environ={}, experiment_price=1.0, experiment_traffic_price=5.0)
+    assert guessed.traffic == TrafficPrice(5.0, "experiment")
+    assert guessed.price.usd_per_hour == 1.0
+    assert place_of(describe_machine(environ={})).usd_per_gb_up == 0.0
+    with pytest.raises(InputError, match="TESSERA_USD_PER_GB_UP is 'much'"):
+        describe_machine(environ={"TESSERA_USD_PER_GB_UP": "much"})
 
 
 def test_the_environment_of_this_process_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:

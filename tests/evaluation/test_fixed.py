@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 
 from tessera.corpus.tokenizer import Tokenizer
-from tessera.evaluation.fixed import entropy, evaluate_fixed, fixed_windows, mean_loss
+from tessera.evaluation.fixed import (
+    Share,
+    entropy,
+    evaluate_fixed,
+    fixed_windows,
+    mean_loss,
+    scorer,
+)
 from tessera.model.loss import IGNORE
 from tessera.model.protogpt import ProtoGPT
 from tessera.model.shape import ModelShape
@@ -82,6 +91,7 @@ def test_figures_are_those_of_a_direct_computation(tokenizer: Tokenizer) -> None
     shard = np.array(ids * 3, dtype=np.uint16)
     fixed = fixed_windows([shard], 8, 10_000, tokenizer.byte_lengths())
     model = make_model()
+    score = scorer(model, torch.float32)
 
     nats, text = 0.0, b""
     for start in range(0, len(shard) - 8, 8):
@@ -94,14 +104,14 @@ def test_figures_are_those_of_a_direct_computation(tokenizer: Tokenizer) -> None
                 text += byte_string(tokenizer, target)
     count = fixed.targets.numel()
 
-    figures = evaluate_fixed(model, fixed, 4, torch.float32)
+    figures = evaluate_fixed(score, fixed, 4)
     assert fixed.bytes == len(text)
     assert figures["eval/loss"] == pytest.approx(nats / count, rel=1e-6)
     assert figures["eval/perplexity"] == pytest.approx(math.exp(nats / count), rel=1e-5)
     assert figures["eval/bits_per_byte"] == pytest.approx(nats / math.log(2) / len(text), rel=1e-6)
     assert figures["eval/unigram_entropy"] == fixed.unigram_entropy
     for micro_batch in (1, 3, 100):
-        again = evaluate_fixed(model, fixed, micro_batch, torch.float32)
+        again = evaluate_fixed(score, fixed, micro_batch)
         assert again == pytest.approx(figures, rel=1e-6)
 
 
@@ -119,25 +129,77 @@ def test_a_hopeless_loss_has_an_infinite_perplexity() -> None:
     model = make_model(100)
     with torch.no_grad():
         model.norm.weight.mul_(1e5)
+    score = scorer(model, torch.float32)
     fixed = fixed_windows([np.arange(90, dtype=np.uint16)], 8, 10_000, ones())
-    figures = evaluate_fixed(model, fixed, 4, torch.float32)
+    figures = evaluate_fixed(score, fixed, 4)
     assert figures["eval/loss"] > 700
     assert figures["eval/perplexity"] == math.inf
 
 
 def test_a_mean_is_over_the_targets_that_count() -> None:
-    model = make_model(100)
+    score = scorer(make_model(100), torch.float32)
     ids = torch.arange(12).reshape(2, 6)
     targets = ids + 1
-    loss, count = mean_loss(model, [(ids, targets)], torch.float32)
+    loss, count = mean_loss(score, [(ids, targets)])
     assert count == 12
     part = targets.clone()
     part[1, 2:] = IGNORE
     rest = torch.full_like(targets, IGNORE)
     rest[1, 2:] = targets[1, 2:]
-    first, n = mean_loss(model, [(ids, part)], torch.float32)
-    second, m = mean_loss(model, [(ids, rest)], torch.float32)
+    first, n = mean_loss(score, [(ids, part)])
+    second, m = mean_loss(score, [(ids, rest)])
     assert (n, m) == (8, 4)
     assert loss == pytest.approx((first * n + second * m) / 12, rel=1e-6)
-    both, _ = mean_loss(model, [(ids, part), (ids, rest)], torch.float32)
+    both, _ = mean_loss(score, [(ids, part), (ids, rest)])
     assert both == pytest.approx(loss, rel=1e-6)
+
+
+@pytest.mark.parametrize(("size", "batches"), [(2, 4), (2, 3), (3, 4), (3, 1)])
+def test_ranks_that_share_an_evaluation_come_to_the_whole_mean(size: int, batches: int) -> None:
+    """Every rank scores equally many batches; one that only fills up counts nothing."""
+    plain = scorer(make_model(100), torch.float32)
+    ids = torch.arange(12 * batches).remainder(99).reshape(batches, 2, 6)
+    given = [(one, one + 1) for one in ids]
+    given[0][1][1, 2:] = IGNORE  # batches count differently
+    ranks = Ranks(size)
+
+    def evaluate(rank: int) -> tuple[tuple[float, int], int]:
+        scored = []
+
+        def score(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            scored.append(inputs)
+            return plain(inputs, targets)
+
+        return mean_loss(score, given, ranks.share(rank)), len(scored)
+
+    with ThreadPoolExecutor(size) as pool:
+        results = list(pool.map(evaluate, range(size)))
+    loss, count = mean_loss(plain, given)
+    assert [scored for _, scored in results] == [-(-batches // size)] * size
+    assert {figures for figures, _ in results} == {results[0][0]}
+    assert results[0][0][1] == count == 12 * batches - 4
+    assert results[0][0][0] == pytest.approx(loss, rel=1e-6)
+
+
+class Ranks:
+    """Threads that add a tensor up as processes would."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self._barrier = size, threading.Barrier(size, timeout=60)
+        self._given: dict[int, torch.Tensor] = {}
+
+    def share(self, rank: int) -> Share:
+        ranks = self
+
+        class OfRank:
+            size = ranks.size
+
+            def __init__(self) -> None:
+                self.rank = rank
+
+            def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+                ranks._given[rank] = tensor.clone()
+                ranks._barrier.wait()
+                return tensor.copy_(torch.stack(list(ranks._given.values())).sum(0))
+
+        return OfRank()

@@ -67,3 +67,10 @@ def faulty(method: str, *faults: Exception, attempts: int = 4) -> tuple[Root, Fa
     store = FaultyStore(file_system(root), method, *faults)
     replace_file_system(root, store)
     return root, store
+
+
+def make_root(**options: Any) -> Root:
+    """A root in ``tiny_s3``; the fixture ``server`` says in the environment where that is."""
+    return Root(
+        "s3://bucket/p", **{"timeout_s": 0.5, "longest_wait_s": 0.01, "attempts": 4} | options
+    )

@@ -167,12 +167,10 @@ def test_the_parts_of_a_call_share_the_time_that_may_be_lost() -> None:
         return caller.call(f"part {number}", act, budget=budget, share=8)
 
     began = time.monotonic()
-    done = []
     with pytest.raises(StoreError, match="part") as error:
-        for number in at_once(flaky, range(10_000), budget):
-            done.append(number)
+        list(at_once(flaky, range(10_000), budget))
     assert "reset" in sentence(error)
-    assert done, "some time may be lost"
+    assert max(failed.values()) == 4, "some time may be lost"
     assert 0.3 < time.monotonic() - began < 1.5  # 20 times 0.02, and the machine's own time
 
 

@@ -201,7 +201,8 @@ class Bench:
             model = ProtoGPT(model_shape(experiment.model))
             model.initialize(seed=1, init_std=0.3)
             text = " ".join(f"{word}s {word}ing {word}ed" for word in _WORDS) * 2
-            publish_model(base_run, model, Tokenizer.train([text], vocab_size=300))
+            tokenizer = Tokenizer.train([text], vocab_size=300)
+            publish_model(base_run, model.shape, dict(model.state_dict()), tokenizer)
         base = load_base(base_run)
         run = self.create(name, base={"run_id": base_run.id, "weights_digest": base.digest})
         assert isinstance(run.experiment, Sft)

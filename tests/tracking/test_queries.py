@@ -1,13 +1,28 @@
 from __future__ import annotations
 
+import itertools
 import math
+from collections import defaultdict
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tessera.errors import DamagedError
-from tessera.tracking.history import ALIVE_S
-from tessera.tracking.queries import RunSummary, summarise, summarise_run, summarise_whole
+from tessera.runs import Attempt, Run
+from tessera.storage import Root
+from tessera.tracking.checkpoints import summarise_checkpoints
+from tessera.tracking.history import ALIVE_S, bill_all, read_histories, read_history
+from tessera.tracking.queries import (
+    RunSummary,
+    summarise,
+    summarise_attempts,
+    summarise_run,
+    summarise_whole,
+    usd_by_category,
+)
 
 if TYPE_CHECKING:
     from tests.tracking.fabricate import Bench
@@ -208,3 +223,208 @@ def test_a_truncated_journal_is_damage_and_not_another_figure(bench: Bench) -> N
     assert [row.run_id for row in rows] == [whole.id]
     assert list(damaged) == [run.id]
     assert summarise_run(bench.root, whole).cost_usd == rows[0].cost_usd
+
+
+# -- traffic ---------------------------------------------------------------------------------------
+
+
+def test_traffic_of_lost_work_is_paid_for(bench: Bench) -> None:
+    run = bench.create()
+    first = bench.launch(run, usd_per_gb_up=0.01)
+    first.steps(1, 10)
+    first.checkpoint(10)
+    first.journal.metric("traffic/up_bytes", 2e9, 10)
+    first.steps(11, 15)
+    first.journal.metric("traffic/up_bytes", 3e9, 15)  # of a checkpoint that became nothing
+    first.kill()
+    bench.clock.now += ALIVE_S
+    second = bench.launch(run, instance="i-2", usd_per_gb_up=0.1)
+    second.steps(11, 20)
+    second.checkpoint(20)
+    second.journal.metric("traffic/up_bytes", 4e9, 20)
+    second.end("FINISHED", 20)
+    found = only(bench)
+    assert found.traffic_bytes == 9_000_000_000
+    assert found.traffic_usd == pytest.approx(0.05 + 0.4)
+    assert found.cost_usd == pytest.approx(0.025 + 0.45)
+    history = read_history(run)
+    attempts = summarise_attempts(history, bill_all([history]))
+    assert [a.traffic_usd for a in attempts] == [pytest.approx(0.05), pytest.approx(0.4)]
+    assert [a.usd for a in attempts] == [pytest.approx(0.065), pytest.approx(0.41)]
+    assert [a.usd_per_gb_up for a in attempts] == [0.01, 0.1]
+    spent = usd_by_category(attempts)
+    assert spent is not None
+    assert spent["traffic"] == pytest.approx(0.45)
+    assert sum(spent.values()) == pytest.approx(found.cost_usd)
+
+
+def test_two_uploads_of_one_step_are_two_uploads(bench: Bench) -> None:
+    writer = bench.launch(bench.create(), usd_per_gb_up=1.0)
+    for _ in range(2):
+        writer.journal.metric("traffic/up_bytes", 1e9, 10)
+    writer.journal.event("traffic/up_bytes", 10, value=1e9)  # no metric, no bytes
+    writer.end("FINISHED", 10)
+    assert only(bench).traffic_usd == 2.0
+
+
+def test_traffic_without_a_price_is_bytes_and_no_dollars(bench: Bench) -> None:
+    writer = bench.launch(bench.create())
+    writer.steps(1, 10)
+    writer.journal.metric("traffic/up_bytes", 5e9, 10)
+    writer.end("FINISHED", 10)
+    found = only(bench)
+    assert (found.traffic_bytes, found.traffic_usd) == (5_000_000_000, 0.0)
+    assert found.cost_usd == pytest.approx(0.01)
+
+
+def test_traffic_is_known_where_the_price_of_an_hour_is_not(bench: Bench) -> None:
+    changes = {"usd_per_hour": None, "price_source": "unknown", "usd_per_gb_up": 0.02}
+    writer = bench.launch(bench.create(), **changes)
+    writer.journal.metric("traffic/up_bytes", 1e9, 5)
+    writer.end("FINISHED", 5)
+    found = only(bench)
+    assert (found.cost_usd, found.usd_per_mtok, found.traffic_usd) == (None, None, 0.02)
+
+
+def test_what_saving_cost_is_added_up(bench: Bench) -> None:
+    run = bench.create()
+    first = bench.launch(run, usd_per_gb_up=0.01)
+    first.steps(1, 10)  # nine seconds of training
+    for step in (4, 8):
+        first.journal.metric("checkpoint/stall_s", 0.03, step)
+        first.journal.event("checkpoint/published", step, folder="f")
+        first.journal.metric("traffic/up_bytes", 1e9, step)
+    first.journal.event("checkpoint/published", 10, folder="f")  # its last write failed
+    first.journal.event("checkpoint/failed", 10, reason="the store is down")
+    first.kill()
+    second = bench.launch(run, usd_per_gb_up=0.01)
+    second.steps(1, 10)
+    second.journal.event("checkpoint/failed", 10, reason="the store is down")
+    second.journal.event("checkpoint/published", 10, folder="f")  # tried again before leaving
+    second.journal.metric("checkpoint/stall_s", math.nan, 10)
+    second.end("FINISHED", 10)
+    found = summarise_checkpoints(read_history(run))
+    assert (found.published, found.bytes) == (3, 2_000_000_000)
+    assert found.stall_s == pytest.approx(0.06)
+    assert found.stall_share == pytest.approx(0.06 / 18)
+    assert found.usd == pytest.approx(0.02)
+
+
+def test_nothing_saved_cost_nothing(bench: Bench) -> None:
+    found = summarise_checkpoints(read_history(bench.create()))
+    assert (found.published, found.bytes, found.stall_s, found.usd) == (0, 0, 0.0, 0.0)
+    assert found.stall_share is None
+
+
+@dataclass(frozen=True)
+class Life:
+    """One attempt that a property test makes up; times in seconds."""
+
+    run: int
+    instance: str
+    wait: int
+    billed_before: int
+    seconds: int
+    usd_per_hour: float
+    usd_per_gb_up: float
+    uploads: list[int]
+    end: str
+    sent_twice: bool
+    torn: bool
+
+
+_LIVES = st.lists(
+    st.builds(
+        Life,
+        run=st.integers(0, 1),
+        instance=st.sampled_from(["i-1", "i-2"]),
+        wait=st.integers(-20, 20),
+        billed_before=st.integers(0, 40),
+        seconds=st.integers(1, 20),
+        usd_per_hour=st.sampled_from([0.0, 3.6, 7.2]),
+        usd_per_gb_up=st.sampled_from([0.0, 0.01, 1.0]),
+        uploads=st.lists(st.integers(1, 10**11), max_size=3),
+        end=st.sampled_from(["kill", "FAILED", "ROLLED_BACK", "SUPERSEDED", "FINISHED"]),
+        sent_twice=st.booleans(),
+        torn=st.booleans(),
+    ),
+    min_size=1,
+    max_size=5,
+)
+_numbers = itertools.count()
+
+
+def _live(bench: Bench, run: Run, life: Life) -> Attempt:
+    """Live that life: its seconds, uploads, an end, and what a bad store made of its journal."""
+    bench.clock.now += life.wait
+    writer = bench.launch(
+        run,
+        instance=life.instance,
+        billed_from=bench.clock() - life.billed_before,
+        usd_per_hour=life.usd_per_hour,
+        usd_per_gb_up=life.usd_per_gb_up,
+    )
+    writer.steps(1, life.seconds)
+    for number, sent in enumerate(life.uploads):
+        writer.journal.metric("traffic/up_bytes", sent, life.seconds - number % 2)
+    if life.end == "kill":
+        writer.kill()
+    else:
+        writer.end(life.end, life.seconds)
+    segment = run.path("journal", writer.attempt.id, "000000.jsonl")
+    data = bench.root.read_bytes(segment)
+    if life.sent_twice:
+        bench.root.publish(segment.replace("000000", "000001"), data)
+    if life.torn:
+        last = segment.replace("000000", "000001") if life.sent_twice else segment
+        bench.root.publish(last, data + b'{"kind":"metric","key":"traffic/up_bytes","value":9')
+    return writer.attempt
+
+
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(lives=_LIVES, damaged=st.none() | st.integers(0, 1))
+def test_no_dollar_is_lost_or_counted_twice(
+    bench: Bench, lives: list[Life], damaged: int | None
+) -> None:
+    """The sum over attempts of seconds and bytes, whatever their order, repetitions or damage."""
+    bench.root = Root(str(bench.folder / f"root-{next(_numbers)}"))
+    runs = [bench.create(name) for name in ("one", "two")]
+    lived = [(runs[life.run].id, _live(bench, runs[life.run], life), life) for life in lives]
+    if damaged is not None:
+        for path in bench.root.files(runs[damaged].path("journal")):
+            lines = bench.root.read_bytes(path).splitlines(keepends=True)
+            bench.root.publish(path, b"".join([lines[0], b"{}\n", *lines[2:]]))
+    bench.clock.now += 1000
+
+    owners: dict[tuple[str, int], str] = {}
+    price: dict[str, float] = {}
+    expected: defaultdict[str, float] = defaultdict(float)
+    for run_id, attempt, life in sorted(
+        lived, key=lambda item: (item[1].started_at, f"{item[0]}/{item[1].id}")
+    ):
+        name = f"{run_id}/{attempt.id}"
+        price[name] = life.usd_per_hour
+        end = int(attempt.started_at) + life.seconds
+        for second in range(int(attempt.billed_from), end):
+            owners.setdefault((life.instance, second), name)
+        expected[name] += sum(life.uploads) * life.usd_per_gb_up / 1e9
+    for name in owners.values():
+        expected[name] += price[name] / 3600
+
+    read = read_histories(bench.root)
+    hurt = {runs[damaged].id} if damaged in [life.run for life in lives] else set()
+    assert read.damaged.keys() == hurt
+    bills = bill_all([*read.billable, *reversed(read.whole), *read.whole])
+    for history, row in zip(read.whole, summarise_whole(bench.root)[0], strict=True):
+        attempts = summarise_attempts(history, bills)
+        for found in attempts:
+            assert found.usd == pytest.approx(expected[f"{row.run_id}/{found.attempt}"])
+        own = [usd for name, usd in expected.items() if name.startswith(f"{row.run_id}/")]
+        assert row.cost_usd == pytest.approx(sum(own))
+        assert sum((usd_by_category(attempts) or {}).values()) == pytest.approx(sum(own))
+        assert summarise_run(bench.root, history.run).cost_usd == pytest.approx(row.cost_usd)
+    whole = [life for life in lives if runs[life.run].id not in hurt]
+    rows = summarise_whole(bench.root)[0]
+    assert sum(row.traffic_bytes for row in rows) == sum(sum(life.uploads) for life in whole)

@@ -227,6 +227,55 @@ def test_what_mlflow_shows_of_a_run(bench: Bench) -> None:
     assert (dataset.dataset.name, dataset.dataset.digest) == ("sample", "f" * 32)
 
 
+def test_traffic_shows_like_the_other_figures(bench: Bench) -> None:
+    run = bench.create(steps=20)
+    first = bench.launch(run, usd_per_gb_up=0.02)
+    first.steps(1, 10)
+    first.checkpoint(10)
+    first.journal.metric("traffic/up_bytes", 1e9, 10)  # written just after the checkpoint
+    first.kill()
+    sync(bench.root, bench.uri)
+    tags = bench.seen(bench.uri).tags[run.id]
+    assert (tags["tessera.traffic_usd"], tags["tessera.traffic_bytes"]) == (
+        "0.020000",
+        "1000000000",
+    )
+    assert tags["tessera.usd_per_gb_up"] == "0.02"
+    assert float(tags["tessera.cost_usd"]) == pytest.approx(0.03)
+    lost = bench.launch(run, instance="i-2", usd_per_gb_up=0.02)
+    lost.steps(11, 15)
+    lost.journal.metric("traffic/up_bytes", 5e9, 15)
+    lost.end("ROLLED_BACK", 15)
+    last = bench.launch(run, instance="i-3", usd_per_gb_up=0.02)
+    last.steps(11, 20)
+    last.checkpoint(20)
+    sync(bench.root, bench.uri)
+    last.journal.metric("traffic/up_bytes", 1e9, 20)  # its heartbeat came after that sync
+    last.end("FINISHED", 20)
+    sync(bench.root, bench.uri)
+    seen = bench.seen(bench.uri)
+    gigabyte = repr(1e9)
+    assert seen.values(run.id, "traffic/up_bytes") == [(10, gigabyte), (20, gigabyte)]
+    ((_, usd),) = seen.values(run.id, "final/traffic_usd")
+    ((_, sent),) = seen.values(run.id, "final/traffic_bytes")
+    ((_, cost),) = seen.values(run.id, "final/cost_usd")
+    assert float(usd) == pytest.approx(0.14)
+    assert float(sent) == 7e9
+    assert float(cost) == pytest.approx(0.14 + 0.001 * (10 + 5 + 10))
+    report = sync(bench.root, bench.uri)
+    assert (report.points, report.created) == (0, 0)
+    sync(bench.root, bench.database("rebuilt"))
+    assert bench.seen(bench.database("rebuilt")) == bench.seen(bench.uri) == seen
+
+
+def test_a_run_that_sent_nothing_has_no_figure_of_traffic(bench: Bench) -> None:
+    run = bench.finished()
+    sync(bench.root, bench.uri)
+    seen = bench.seen(bench.uri)
+    assert not [key for key, _, _, _ in seen.points[run.id] if "traffic" in key]
+    assert not [key for key in seen.tags[run.id] if "traffic" in key or "per_gb" in key]
+
+
 def test_only_one_run_brings_its_base_along(bench: Bench) -> None:
     voice = bench.with_adapter()
     bench.finished("another")

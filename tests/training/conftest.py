@@ -34,11 +34,14 @@ from tessera.tracking.journal import Record, read_journal
 from tessera.training import attempt, session
 from tessera.training.checkpoint.saver import Saver
 from tessera.training.loop import Loop
+from tests.training.disturb import Disturbance, and_finish
 
 STEPS = 30
 VOCABULARY = 300
 PATIENCE_S = 120.0
 CACHE = "TESSERA_CACHE"
+SAVE = Saver.save
+UNDISTURBED = Disturbance()
 
 BASE: dict[str, Any] = {
     "name": "tiny",
@@ -132,7 +135,8 @@ class Launcher:
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("launcher.py"))],
+            [sys.executable, "-m", "tests.training.launcher"],
+            cwd=Path(__file__).parents[2],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -142,9 +146,16 @@ class Launcher:
         assert self._process.stdout is not None
         self._orders, self._answers = self._process.stdin, self._process.stdout
 
-    def launch(self, arguments: list[str], output: Path) -> Launched:
+    def launch(
+        self,
+        arguments: list[str],
+        output: Path,
+        environ: dict[str, str] | None = None,
+        disturb: Disturbance = UNDISTURBED,
+    ) -> Launched:
         """Start the command; what it says goes to ``output`` (``.out``, ``.err``)."""
-        order = {"arguments": arguments, "output": str(output), "cache": os.environ[CACHE]}
+        order = {"arguments": arguments, "output": str(output), "disturb": disturb.order()}
+        order["environ"] = {CACHE: os.environ[CACHE], **(environ or {})}
         self._orders.write(json.dumps(order).encode() + b"\n")
         return Launched(int(self.answer()), output, self)
 
@@ -189,6 +200,7 @@ class Bench:
         self.folder, self._launcher, self._count = folder, launcher, 0
         self.root = Root(str(folder / "root"), attempts=1)
         self.cache = folder / "cache"
+        self.environ: dict[str, str] = {}
         for name, data in (("tiny", BASE), ("voice", VOICE)):
             (folder / f"{name}.yaml").write_text(yaml.safe_dump(data), "utf-8")
         write_conversations(folder / "talk.jsonl")
@@ -221,12 +233,15 @@ class Bench:
         said = capfd.readouterr()
         return Finished(code, said.out, said.err)
 
-    def start(self, *extra: str, name: str = "tiny") -> Launched:
+    def start(
+        self, *extra: str, name: str = "tiny", disturb: Disturbance = UNDISTURBED
+    ) -> Launched:
         """``tessera train`` in a process of its own, to be disturbed."""
         self._count += 1
         output = self.folder / f"output-{self._count}"
         assert self._launcher is not None
-        return self._launcher.launch(self.arguments(*extra, name=name), output)
+        arguments = self.arguments(*extra, name=name)
+        return self._launcher.launch(arguments, output, self.environ, disturb)
 
     def until(self, process: Launched, reached: Callable[[], bool]) -> None:
         """Wait until ``reached``, while the command runs."""
@@ -347,16 +362,15 @@ def _one_quiet_thread() -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def _a_store_that_keeps_up() -> Iterator[None]:
     """In this process every save is over before the next step; steps here take milliseconds."""
-    plain = Saver.save
-
-    def save(saver: Saver, *arguments: Any) -> bool:
-        taken = plain(saver, *arguments)
-        saver.finish()
-        return taken
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Saver, "save", save)
+        patch.setattr(Saver, "save", and_finish(SAVE))
         yield
+
+
+@pytest.fixture
+def a_store_of_its_own_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saves go on beside the steps, as outside of the tests."""
+    monkeypatch.setattr(Saver, "save", SAVE)
 
 
 @pytest.fixture(scope="session")

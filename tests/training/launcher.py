@@ -2,7 +2,8 @@
 
 It has imported everything, runs no thread, and forks for every order that it reads; it answers with
 the process id and, once the process has ended, its exit code. What a child does is what the command
-does, and a kill -9 is one.
+does, and a kill -9 is one. An order may set variables of the environment, and disturb the training
+from inside (``disturb.py``).
 """
 
 from __future__ import annotations
@@ -10,21 +11,23 @@ from __future__ import annotations
 import json
 import os
 import sys
+from typing import Any
 
-import tessera.training.session  # noqa: F401 - what takes the seconds
+import s3fs  # noqa: F401 - what takes the seconds
+import tessera.training.session  # noqa: F401 - the same
 from tessera.cli.common import run_command
 from tessera.cli.main import tessera as command
+from tests.training.disturb import Disturbance
 
 
-def run(order: dict[str, object]) -> int:
+def run(order: dict[str, Any]) -> int:
     """The child's life."""
     for descriptor, end in ((1, "out"), (2, "err")):
         file = os.open(f"{order['output']}.{end}", os.O_CREAT | os.O_WRONLY)
         os.dup2(file, descriptor)
-    os.environ["TESSERA_CACHE"] = str(order["cache"])
-    arguments = order["arguments"]
-    assert isinstance(arguments, list)
-    code = run_command(command, arguments)
+    os.environ.update(order["environ"])
+    Disturbance(**order["disturb"]).install(setattr)
+    code = run_command(command, order["arguments"])
     sys.stdout.flush()
     sys.stderr.flush()
     return code

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import random
@@ -133,9 +134,10 @@ def names(folder: Path) -> set[str]:
 def on_disk(folder: Path) -> int:
     """Bytes of shards, whole or in part, while other threads come and go."""
     total = 0
-    for path in folder.rglob("*.safetensors*"):
-        with suppress(FileNotFoundError):
-            total += path.stat().st_size if path.is_file() else 0
+    for where, _, files in os.walk(folder):
+        for name in (name for name in files if ".safetensors" in name):
+            with suppress(FileNotFoundError):
+                total += os.stat(f"{where}/{name}").st_size
     return total
 
 
@@ -195,6 +197,26 @@ def test_processes_and_threads_share_one_download(shop: Shop, folder: Path) -> N
     assert os.listdir(folder / "incoming") == []
 
 
+def test_a_lock_counts_only_while_its_file_has_the_name(shop: Shop, folder: Path) -> None:
+    """Whoever ends a download removes its lock; who waited for that one waits for the next."""
+    entry = shop.shard("a")
+    name = folder / "incoming" / f"{entry.sha256}.lock"
+    name.parent.mkdir(parents=True)
+    with ThreadPoolExecutor(1) as pool:
+        with name.open("w") as first:
+            fcntl.flock(first, fcntl.LOCK_EX)
+            waiting = pool.submit(ShardCache(folder).fetch, shop.root, entry)
+            time.sleep(0.1)
+            name.unlink()
+            second = name.open("w")
+            fcntl.flock(second, fcntl.LOCK_EX)
+        time.sleep(0.2)
+        assert shop.gets == []
+        second.close()
+        waiting.result(10).close()
+    assert len(shop.gets) == 1
+
+
 @pytest.mark.parametrize("next_is_the_same", [True, False])
 def test_a_process_killed_in_a_download_leaves_nothing_in_the_way(
     shop: Shop, folder: Path, next_is_the_same: bool
@@ -233,7 +255,7 @@ def test_the_least_recently_used_make_way_before_the_download(shop: Shop, folder
     shop.half_way = lambda: seen.append(on_disk(folder))
     for entry in (a, b, c):
         cache.fetch(shop.root, entry).close()
-    ShardCache(folder, 3 * SIZE).fetch(shop.root, a).close()  # used again, by another process
+    cache.fetch(shop.root, a).close()  # used again, and not read: its digest is known
     cache.fetch(shop.root, d).close()
     assert names(folder) == {a.sha256, c.sha256, d.sha256}
     cache.fetch(shop.root, b).close()

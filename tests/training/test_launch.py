@@ -116,6 +116,10 @@ def worker(tmp_path: Path) -> Path:
         "plan = here / f'code.{rank}'\n"
         "if plan.exists():\n"
         "    code = int(plan.read_text())\n"
+        "    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"  # its own code, whoever ends first
+        "    (here / f'ready.{rank}').touch()\n"
+        "    while len(list(here.glob('ready.*'))) < len(list(here.glob('code.*'))):\n"
+        "        time.sleep(0.01)\n"
         "    code >= 0 or os.kill(os.getpid(), -code)\n"
         "    sys.exit(code)\n"
         "signal.signal(signal.SIGTERM, signal.SIG_IGN if (here / 'deaf').exists() else told)\n"
@@ -205,7 +209,7 @@ def test_two_machines_share_one_training(worker: Path) -> None:
         "assert plan is not None\n"
         "sys.exit(launch(plan, [sys.executable, sys.argv[1]]))\n"
     )
-    (worker.parent / "code.0").write_text("0")
+    (worker.parent / "code.0").write_text("75")
     (worker.parent / "code.1").write_text("3")
     parents = []
     for rank in range(2):
@@ -219,8 +223,7 @@ def test_two_machines_share_one_training(worker: Path) -> None:
         command = [sys.executable, str(script), str(worker)]
         parents.append(subprocess.Popen(command, env=os.environ | sky))
     try:
-        assert parents[1].wait(60) == 3
+        assert [parent.wait(60) for parent in parents] == [75, 3]
     finally:
         for parent in parents:
-            parent.terminate()
-            parent.wait(30)
+            parent.kill()

@@ -35,25 +35,33 @@ from tessera.training.replica import Replica, Tuning, choose_strategy, local_ten
 SHAPE = ModelShape(layers=2, d_model=33 * 2, heads=2, context=32, vocab_size=301)  # divides by no 4
 STEPS, MICRO, ROWS, CLIP = 6, 4, 2, 0.5
 STRATEGIES = ["ddp", "fsdp"]
-# Two workers add the same numbers in another order. Measured over these six float32 steps: losses
-# differ by at most TODO relative, weights by at most TODO.
-TOLERANCE = 2e-6
+ALONE = World(0, 1, 0, 1, torch.device("cpu"))
+# Two workers add the same numbers in another order. Measured over these six float32 steps, torch
+# 2.13 on x86-64: losses differ by at most 1.7e-7 relative, norms by 1.2e-7, weights by 2.8e-6.
+TOLERANCE, WEIGHT_TOLERANCE = 2e-6, 3e-5
 
 
-def free_port() -> int:
+Job = tuple[str, tuple[Any, ...]]
+"""``worker_<name>`` and its further arguments."""
+
+TUNINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddp": ("ddp", {}),
+    "ddp, small buckets": ("ddp", {"bucket_mb": 0.01, "bucket_view": False}),
+    "ddp, compiled": ("ddp", {"compile": "aot_eager"}),
+    "fsdp": ("fsdp", {}),
+    "fsdp, kept whole and compiled": ("fsdp", {"reshard": False, "compile": "aot_eager"}),
+}
+
+
+def start_workers(
+    size: int, folder: Path, jobs: dict[str, Job], codes: list[int] | None = None
+) -> dict[str, list[Any]]:
+    """Run ``jobs`` one after the other in ``size`` processes; what each returned, by rank."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
-        port: int = server.getsockname()[1]
-        return port
-
-
-def run_workers(
-    size: int, folder: Path, name: str, *arguments: Any, codes: list[int] | None = None
-) -> list[Any]:
-    """Run ``worker_<name>(world, folder, *arguments)`` in ``size`` processes; what they return."""
-    port = free_port()
+        port = server.getsockname()[1]
+    (folder / "jobs").write_bytes(pickle.dumps(jobs))
     processes = []
-    (folder / "arguments").write_bytes(pickle.dumps(arguments))
     for rank in range(size):
         torchrun = {
             "RANK": str(rank),
@@ -64,15 +72,42 @@ def run_workers(
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",
-            "TESSERA_WORKERS_TIMEOUT_S": "60",
+            "TESSERA_WORKERS_TIMEOUT_S": "200",
             "PYTHONPATH": str(Path(__file__).parents[2]),
         }
-        command = [sys.executable, __file__, str(folder), name]
+        command = [sys.executable, __file__, str(folder)]
         processes.append(subprocess.Popen(command, env=os.environ | torchrun))
-    ended = [process.wait(120) for process in processes]
-    assert ended == (codes or [0] * size)
-    results = [folder / f"{name}.{rank}" for rank in range(size)]
-    return [torch.load(file, weights_only=False) for file in results if file.exists()]
+    try:
+        assert [process.wait(280) for process in processes] == (codes or [0] * size)
+    finally:
+        for process in processes:
+            process.kill()
+    return {
+        key: [
+            torch.load(file, weights_only=False)
+            for rank in range(size)
+            if (file := folder / f"{key}.{rank}").exists()
+        ]
+        for key in jobs
+    }
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which two workers leave what four, and one, find."""
+    return tmp_path_factory.mktemp("workers")
+
+
+@pytest.fixture(scope="module")
+def pair(shared: Path) -> dict[str, list[Any]]:
+    """Everything that two workers do, done once: starting them takes longer than all of it."""
+    jobs: dict[str, Job] = {"talk": ("talk", ())}
+    for name, (strategy, tuning) in TUNINGS.items():
+        jobs[f"training {name}"] = ("training", (strategy, tuning))
+    for strategy in STRATEGIES:
+        for name in ("skipping", "adapter", "uneven", "save"):
+            jobs[f"{name} {strategy}"] = (name, (strategy,))
+    return start_workers(2, shared, jobs)
 
 
 def make_model() -> ProtoGPT:
@@ -198,8 +233,7 @@ def whole(tensor: Tensor | None) -> Tensor:
 
 
 def test_alone_it_is_the_plain_path_to_the_last_bit(plain: dict[str, Any], tmp_path: Path) -> None:
-    world = World(0, 1, 0, 1, torch.device("cpu"))
-    result = worker_training(world, tmp_path, "fsdp", {})
+    result = worker_training(ALONE, tmp_path, "fsdp", {})
     for key in ("losses", "norms"):
         assert torch.equal(result[key], plain[key])
     for key in ("state", "gradients"):
@@ -209,34 +243,21 @@ def test_alone_it_is_the_plain_path_to_the_last_bit(plain: dict[str, Any], tmp_p
     assert not dist.is_initialized()
 
 
-@pytest.mark.parametrize(
-    ("strategy", "tuning"),
-    [
-        ("ddp", {}),
-        ("ddp", {"bucket_mb": 0.01, "bucket_view": False, "static_graph": True}),
-        ("ddp", {"compile": "aot_eager"}),
-        ("fsdp", {}),
-        ("fsdp", {"reshard": False, "compile": "aot_eager"}),
-    ],
-)
+@pytest.mark.parametrize("name", TUNINGS)
 def test_two_workers_train_as_one(
-    plain: dict[str, Any], tmp_path: Path, strategy: str, tuning: dict[str, Any]
+    plain: dict[str, Any], pair: dict[str, list[Any]], name: str
 ) -> None:
-    first, second = run_workers(2, tmp_path, "training", strategy, tuning)
+    first, second = pair[f"training {name}"]
+    strategy = TUNINGS[name][0]
     for key in ("losses", "norms"):
         assert torch.equal(first[key], second[key]), "the workers disagree"
-        print(key, ((first[key] - plain[key]).abs() / plain[key]).max())
         torch.testing.assert_close(first[key], plain[key], rtol=TOLERANCE, atol=0)
     assert not torch.equal(first["state"]["norm.weight"], make_model().norm.weight)
     for name, gradient in plain["gradients"].items():
         torch.testing.assert_close(first["gradients"][name], gradient, rtol=1e-4, atol=1e-8)
     assert first["state"].keys() == plain["state"].keys()
-    print(
-        "weights",
-        max(float((first["state"][n] - plain["state"][n]).abs().max()) for n in plain["state"]),
-    )
     for name, weight in plain["state"].items():
-        torch.testing.assert_close(first["state"][name], weight, rtol=0, atol=1e-4)
+        torch.testing.assert_close(first["state"][name], weight, rtol=0, atol=WEIGHT_TOLERANCE)
         assert first["state"][name].dtype == torch.float32
     assert second["state"] == {}
     assert first["evaluation"] == pytest.approx(plain["evaluation"], rel=TOLERANCE)
@@ -263,8 +284,8 @@ def worker_skipping(world: World, folder: Path, strategy: str) -> Any:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_step_can_be_skipped_on_the_device(tmp_path: Path, strategy: str) -> None:
-    for before, skipped, after in run_workers(2, tmp_path, "skipping", strategy):
+def test_a_step_can_be_skipped_on_the_device(pair: dict[str, list[Any]], strategy: str) -> None:
+    for before, skipped, after in pair[f"skipping {strategy}"]:
         assert all(torch.equal(before[name], skipped[name]) for name in before)
         assert not torch.equal(after["norm.weight"], before["norm.weight"])
         assert after["norm.weight.step"] == 2
@@ -283,11 +304,11 @@ def worker_adapter(world: World, folder: Path, strategy: str) -> Any:
     return losses, replica.full_state(), list(replica.trainable)
 
 
-def test_an_adapter_trains_and_its_base_stays(tmp_path: Path) -> None:
-    alone = worker_adapter(World(0, 1, 0, 1, torch.device("cpu")), tmp_path, "ddp")
+def test_an_adapter_trains_and_its_base_stays(pair: dict[str, list[Any]], shared: Path) -> None:
+    alone = worker_adapter(ALONE, shared, "ddp")
     base = make_model()
     for strategy in STRATEGIES:
-        (losses, state, names), _ = run_workers(2, tmp_path, "adapter", strategy)
+        losses, state, names = pair[f"adapter {strategy}"][0]
         assert names == alone[2]
         assert all(".lora_" in name for name in names)
         torch.testing.assert_close(losses, alone[0], rtol=TOLERANCE, atol=0)
@@ -308,14 +329,14 @@ def worker_uneven(world: World, folder: Path, strategy: str) -> Any:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_worker_with_less_to_do_fills_up(tmp_path: Path, strategy: str) -> None:
-    alone = World(0, 1, 0, 1, torch.device("cpu"))
-    replica = make_replica(alone, strategy)
+def test_a_worker_with_less_to_do_fills_up(pair: dict[str, list[Any]], strategy: str) -> None:
+    replica = make_replica(ALONE, strategy)
     data = make_data(0)[:3]
     divisor = sum(int((targets != IGNORE).sum()) for _, targets in data)
     loss = sum(replica.micro_step(*batch, divisor, True) for batch in data)
-    for result in run_workers(2, tmp_path, "uneven", strategy):
-        torch.testing.assert_close(result, (loss, replica.clip(1e9)), rtol=TOLERANCE, atol=0)
+    norm = replica.clip(1e9)
+    for result in pair[f"uneven {strategy}"]:
+        torch.testing.assert_close(result, (loss, norm), rtol=TOLERANCE, atol=0)
 
 
 # -- checkpoints -----------------------------------------------------------------------------------
@@ -338,34 +359,35 @@ def worker_save(world: World, folder: Path, strategy: str) -> Any:
         optimizer.step()
         optimizer.zero_grad()
     tensors = state_of(replica, optimizer)
-    dcp_save(tensors, checkpoint_id=folder / "saved", process_group=world.background)
+    dcp_save(tensors, checkpoint_id=folder / f"saved-{strategy}", process_group=world.background)
     return {name: whole(tensor) for name, tensor in tensors.items()}
 
 
 def worker_load(world: World, folder: Path, strategy: str) -> Any:
     replica = make_replica(world, strategy)
     optimizer = make_optimizer(replica)
-    with replica.evaluating() as model:
-        evaluate(model)  # what FSDP put together for this must not outlive the load
     train_step(replica, 50)  # other values everywhere
     optimizer.step()
     optimizer.zero_grad()
+    with replica.evaluating() as model:
+        evaluate(model)  # what FSDP put together for this must not outlive the load
     tensors = state_of(replica, optimizer)
-    dcp_load(tensors, checkpoint_id=folder / "saved", no_dist=world.size == 1)
+    dcp_load(tensors, checkpoint_id=folder / f"saved-{strategy}", no_dist=world.size == 1)
     loaded = {name: whole(tensor) for name, tensor in tensors.items()}
     return loaded, train_step(replica, 2)[0]
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_checkpoint_of_two_loads_on_one_and_on_four(tmp_path: Path, strategy: str) -> None:
-    saved, _ = run_workers(2, tmp_path, "save", strategy)
-    losses = []
-    for size in (1, 4):
-        for loaded, loss in run_workers(size, tmp_path, "load", strategy):
+def test_a_checkpoint_of_two_loads_on_one_and_on_four(
+    pair: dict[str, list[Any]], shared: Path
+) -> None:
+    four = start_workers(4, shared, {f"load {s}": ("load", (s,)) for s in STRATEGIES})
+    for strategy in STRATEGIES:
+        saved = pair[f"save {strategy}"][0]
+        one = worker_load(ALONE, shared, strategy)
+        for loaded, loss in [one, *four[f"load {strategy}"]]:
             assert loaded.keys() == saved.keys()
             assert all(torch.equal(loaded[name], saved[name]) for name in saved)
-            losses.append(loss)
-    torch.testing.assert_close(losses[1:], [losses[0]] * 4, rtol=TOLERANCE, atol=0)
+            torch.testing.assert_close(loss, one[1], rtol=TOLERANCE, atol=0)
 
 
 # -- the world -------------------------------------------------------------------------------------
@@ -396,8 +418,8 @@ def worker_talk(world: World, folder: Path) -> Any:
     return said
 
 
-def test_what_rank_0_says_reaches_all(tmp_path: Path) -> None:
-    first, second = run_workers(2, tmp_path, "talk")
+def test_what_rank_0_says_reaches_all(pair: dict[str, list[Any]]) -> None:
+    first, second = pair["talk"]
     assert first[0] == second[0] == (ConflictError, "The run exists; use --new.")
     assert first[1] == (KeyError, "'bug'")
     assert second[1] == (RuntimeError, "rank 0 failed with KeyError: 'bug'")
@@ -405,30 +427,32 @@ def test_what_rank_0_says_reaches_all(tmp_path: Path) -> None:
     assert second[2][0] is RuntimeError
 
 
-def worker_loss_of_a_peer(world: World, folder: Path) -> Any:
+def worker_losing(world: World, folder: Path) -> Any:
+    """The other worker dies; this one notices at its next question."""
     if world.rank == 1:
         os._exit(9)
+    began = time.monotonic()
     try:
         for _ in range(3):
             world.any(False)
     except PeerLostError as error:
-        torch.save(str(error), folder / "loss_of_a_peer.0")
+        torch.save((str(error), time.monotonic() - began), folder / "losing.0")
         os._exit(error.exit_code)
 
 
 def test_a_peer_that_is_gone_is_told_from_a_bug(tmp_path: Path) -> None:
-    began = time.monotonic()
-    (sentence,) = run_workers(2, tmp_path, "loss_of_a_peer", codes=[76, 9])
+    results = start_workers(2, tmp_path, {"losing": ("losing", ())}, codes=[76, 9])
+    sentence, waited_s = results["losing"][0]
     assert "went away" in sentence
     assert "\n" not in sentence
-    assert time.monotonic() - began < 45, "it waited for the time-out"
+    assert waited_s < 150, "it waited for the time-out"
 
 
 def test_without_torchrun_one_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     world = join("cpu")
-    assert world == World(0, 1, 0, 1, torch.device("cpu"))
+    assert world == ALONE
     assert world.run_on_main(lambda: 5) == world.broadcast(5) == 5
     assert world.gather("a", background=True) == ["a"]
     tensor = torch.ones(2)
@@ -463,11 +487,11 @@ def test_half_an_environment_is_refused(
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
+    warnings.simplefilter("error", FutureWarning)
     torch.set_num_threads(1)
-    place, function = Path(sys.argv[1]), sys.argv[2]
+    place = Path(sys.argv[1])
     here = join("cpu")
-    given = pickle.loads((place / "arguments").read_bytes())
-    result = globals()[f"worker_{function}"](here, place, *given)
-    torch.save(result, place / f"{function}.{here.rank}")
+    for key, (name, arguments) in pickle.loads((place / "jobs").read_bytes()).items():
+        result = globals()[f"worker_{name}"](here, place, *arguments)
+        torch.save(result, place / f"{key}.{here.rank}")
     leave(here)

@@ -13,11 +13,14 @@ import yaml
 from tessera.corpus.chat import Conversation, Message, render
 from tessera.corpus.tokenizer import Tokenizer
 from tessera.errors import InputError
+from tessera.evaluation.fixed import scorer
 from tessera.evaluation.weights import Base
 from tessera.experiment import Sft, load_experiment
 from tessera.model.loss import IGNORE, summed_cross_entropy
 from tessera.model.protogpt import ProtoGPT
 from tessera.model.shape import ModelShape
+from tessera.training.parallel import World
+from tessera.training.program import StepBatch
 from tessera.training.sft import Example, SftProgram, collate, make_example
 
 TEXTS = [f"the {word} goes with the {word}" for word in ("ferry", "kettle", "lamp", "river")] * 9
@@ -181,14 +184,24 @@ def make_program(
     experiment = load_experiment(folder / "voice.yaml")
     assert isinstance(experiment, Sft)
     base = Base("tiny-1", make_model(), tokenizer, "d" * 64)
-    return SftProgram(experiment, base, "f" * 64, torch.device("cpu"), torch.float32)
+    world = World(0, 1, 0, 1, torch.device("cpu"))
+    return SftProgram(experiment, base, "f" * 64, world, torch.float32)
+
+
+def batch_of(program: SftProgram, step: int) -> StepBatch:
+    """The data of an optimiser step (0-based) of a run that leaves nothing out."""
+    return program.batch(step * program.samples_per_step)
+
+
+def evaluate(program: SftProgram, done: int) -> dict[str, float]:
+    return program.evaluate(done, scorer(program.model, torch.float32))
 
 
 def seen(program: SftProgram, epoch: int) -> list[tuple[int, ...]]:
     """Every conversation of an epoch, in order, its padding taken off."""
     rows = []
     for step in range(epoch * program.steps_per_epoch, (epoch + 1) * program.steps_per_epoch):
-        for inputs, _ in program.batch(step).micro:
+        for inputs, _ in batch_of(program, step).micro:
             for row in inputs.tolist():
                 while row[-1] == program.base.tokenizer.end_of_text_id:
                     row.pop()
@@ -220,12 +233,12 @@ def test_what_is_held_out_is_never_learnt(tmp_path: Path, tokenizer: Tokenizer) 
 def test_a_step_counts_its_targets_however_it_is_cut(tmp_path: Path, tokenizer: Tokenizer) -> None:
     whole, parts = (make_program(tmp_path, tokenizer, micro=micro) for micro in (6, 1))
     for step in (0, whole.steps_per_epoch - 1):
-        one, six = whole.batch(step), parts.batch(step)
+        one, six = batch_of(whole, step), batch_of(parts, step)
         assert (one.tokens, one.targets) == (six.tokens, six.targets)
         assert one.targets == sum(int((t != IGNORE).sum()) for _, t in one.micro)
         assert one.targets == sum(int((t != IGNORE).sum()) for _, t in six.micro)
         assert [len(inputs) for inputs, _ in six.micro] == [1] * sum(len(i) for i, _ in one.micro)
-    last = whole.batch(whole.steps_per_epoch - 1)
+    last = batch_of(whole, whole.steps_per_epoch - 1)
     assert sum(len(inputs) for inputs, _ in last.micro) == len(whole.examples) % 6 != 0
 
 
@@ -237,7 +250,7 @@ def test_evaluations_and_publications_fall_on_the_ends_of_epochs(
     ends = [program.steps_per_epoch * epoch for epoch in range(4)]
     assert [done for done in every if program.evaluates_after(done)] == ends
     assert [done for done in every if program.publishes_after(done)] == ends[1:]
-    first, later = program.evaluate(0), program.evaluate(ends[1])
+    first, later = evaluate(program, 0), evaluate(program, ends[1])
     assert first == {"eval/loss": later["eval/loss"], "eval/base_loss": later["eval/loss"]}
 
 
@@ -247,7 +260,7 @@ def test_the_held_out_loss_is_the_mean_over_the_assistants_tokens(
     program = make_program(tmp_path, tokenizer)
     total = sum(loss_of(program.model, [example]) for example in program.held_out)
     count = sum(example.learned for example in program.held_out)
-    assert program.evaluate(0)["eval/loss"] == pytest.approx(total / count, rel=1e-6)
+    assert evaluate(program, 0)["eval/loss"] == pytest.approx(total / count, rel=1e-6)
 
 
 def test_too_few_conversations_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:

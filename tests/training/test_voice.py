@@ -20,6 +20,7 @@ from tessera.model.digest import weights_digest
 from tessera.model.loss import IGNORE
 from tessera.model.protogpt import ProtoGPT
 from tessera.runs import Run
+from tessera.training.parallel import World
 from tessera.training.sft import SftProgram
 
 if TYPE_CHECKING:
@@ -112,8 +113,8 @@ def test_the_loss_is_the_mean_over_the_assistants_tokens_of_a_step(based: Bench)
     base = load_base(based.only_run(), torch.device("cpu"))
     settings = based.settings(*common, name="voice")
     assert isinstance(settings, Sft)
-    device, dtype = torch.device("cpu"), torch.float32
-    program = SftProgram(settings, base, alone.record.fingerprint, device, dtype)
+    world = World(0, 1, 0, 1, torch.device("cpu"))
+    program = SftProgram(settings, base, alone.record.fingerprint, world, torch.float32)
     nats, count = 0.0, 0
     for inputs, targets in program.batch(0).micro:
         with torch.no_grad():

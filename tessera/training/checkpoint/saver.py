@@ -17,9 +17,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from tessera.errors import StoreError, SupersededError, TesseraError
 from tessera.experiment import Checkpoint
@@ -41,6 +39,7 @@ from tessera.training.checkpoint.publish import (
     try_tidy,
     upload_files,
 )
+from tessera.training.checkpoint.staging import HostCopy
 from tessera.training.parallel import World
 
 
@@ -60,15 +59,7 @@ class Saver:
         """``loaded`` is the checkpoint that the attempt continues from; ``say`` tells a person."""
         self._run, self._attempt, self._journal, self._world = run, attempt, journal, world
         self._settings, self._say = settings, say
-        on_gpu = world.device.type == "cuda"
-        self._stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=on_gpu,
-                use_shared_memory=False,
-                use_async_staging=False,
-                use_non_blocking_copy=on_gpu,
-            )
-        )
+        self._host = HostCopy(world.device)
         self._writer = _Worker("checkpoint-writer")
         self._uploader = _Worker("checkpoint-upload") if world.size == 1 else self._writer
         self._writing = self._uploading = 0
@@ -88,7 +79,7 @@ class Saver:
 
     def prepare(self, tensors: Mapping[str, Tensor]) -> None:
         """Take the host memory now: allocating it costs seconds, once."""
-        self._stager.stage(dict(tensors))
+        self._host.take(tensors)
 
     def check(self) -> None:
         """Raise what ended the saving for good: another attempt took over, or an error of ours."""
@@ -184,8 +175,7 @@ class Saver:
         self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], upload: bool
     ) -> None:
         began = time.monotonic()
-        staged = self._stager.stage(dict(tensors))
-        assert isinstance(staged, dict)
+        staged = self._host.take(tensors)
         self._journal.metric("checkpoint/stall_s", time.monotonic() - began, step)
         ref = CheckpointRef(step, self._attempt.id)
         self._count(writing=1, uploading=int(upload))
