@@ -15,7 +15,7 @@ folder:
 * cold: MB/s from an S3 server through the tests' proxy (no faults) into an empty cache, digests
   checked, a window of shards at a time, against `s3fs` getting the same files without a check.
 * waiting: a consumer that takes steps at a fixed rate from `Prefetcher`, as the training loop does,
-  while every request to the store takes --latency-ms more (half of it to half more again); the
+  while every request to the store takes --latency-ms more (evenly from nothing to twice that); the
   share of its time that it waits for data, with and without the first step.
 
 The server is one that is started for the run (`--store rclone` or `moto`) or `--endpoint`.

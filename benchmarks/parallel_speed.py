@@ -7,6 +7,9 @@ Each variant is a fresh set of workers that this script starts: the model of the
 blocks compiled one by one, bf16, ``batch.tokens_per_step`` split evenly, clipping and fused AdamW.
 Batches lie on the device already, so neither the loader nor the disk is measured.
 
+One GPU is measured on every card at the same time, each training for itself: cards of one machine
+differ by some per cent, and together they go as fast as the slowest. Ratios are to their mean.
+
 Speed: rounds of three whole steps without a look at the device in between, the median round after
 three steps of warm-up; the slowest worker counts. Synchronisation: what forward and backward take
 longer with it than without, timed step by step, so it is what nothing hides (under FSDP only the
@@ -48,15 +51,16 @@ LEAST_S = 20.0
 WARM_UP = 2
 ROUND = 3
 
+ALONE = "one GPU"
 VARIANTS: dict[str, tuple[str, Tuning]] = {
-    "one GPU": (SINGLE, Tuning()),
+    ALONE: (SINGLE, Tuning()),
     "ddp": (DDP, Tuning()),
     "fsdp": (FSDP, Tuning()),
-    "ddp, bf16 gradients": (DDP, Tuning(bf16_gradients=True)),
-    "ddp, buckets of 25 MB": (DDP, Tuning(bucket_mb=25)),
-    "fsdp, blocks kept whole": (FSDP, Tuning(reshard=False)),
-    "ddp, buckets of 500 MB": (DDP, Tuning(bucket_mb=500)),
-    "ddp, gradients beside the buckets": (DDP, Tuning(bucket_view=False)),
+    "ddp: bf16 gradients": (DDP, Tuning(bf16_gradients=True)),
+    "ddp: buckets of 25 MB": (DDP, Tuning(bucket_mb=25)),
+    "fsdp: blocks kept whole": (FSDP, Tuning(reshard=False)),
+    "ddp: buckets of 500 MB": (DDP, Tuning(bucket_mb=500)),
+    "ddp: gradients beside the buckets": (DDP, Tuning(bucket_view=False)),
 }
 """In the order of interest: what comes last falls to the time limit first."""
 
@@ -257,6 +261,26 @@ def run_variant(arguments: argparse.Namespace, name: str, workers: int, limit_s:
         return Measured(**json.loads(result.read_text()))
 
 
+def run_alone(arguments: argparse.Namespace, cards: int, limit_s: float) -> list[Measured]:
+    """One GPU's variant on every card at once, each for itself: what the cards differ by."""
+    with tempfile.TemporaryDirectory() as folder:
+        results = [Path(folder) / f"{card}.json" for card in range(cards)]
+        processes = []
+        for card, result in enumerate(results):
+            command = [sys.executable, *sys.argv, "--variant", ALONE, "--result", str(result)]
+            command += ["--device", arguments.device]
+            alone = {"CUDA_VISIBLE_DEVICES": str(card), "WORLD_SIZE": "1"}
+            alone |= {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // cards))}
+            processes.append(subprocess.Popen(command, env=os.environ | alone))
+        try:
+            _wait(processes, time.monotonic() + limit_s)
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        return [Measured(**json.loads(result.read_text())) for result in results]
+
+
 def _wait(processes: Sequence[subprocess.Popen[bytes]], until: float) -> None:
     """Return once all ended well; a RuntimeError as soon as one did not."""
     while True:
@@ -272,15 +296,15 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], until: float) -> None:
 
 
 def print_table(rows: dict[str, tuple[int, Measured]], size: Size) -> None:
-    """Markdown, one line a variant; ratios are to the first line."""
+    """Markdown, one line a variant; ratios are to the mean speed of the cards alone."""
     print(
         "| variant | GPUs | tokens/s | to one GPU | ms a step | unhidden sync ms | "
         "clip + AdamW ms | peak GiB | rounds | first loss |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
-    single = next((m.step_s for workers, m in rows.values() if workers == 1), None)
+    alone = [1 / m.step_s for workers, m in rows.values() if workers == 1]
     for name, (workers, measured) in rows.items():
-        ratio = "" if single is None else f"{single / measured.step_s:.3f}"
+        ratio = f"{1 / measured.step_s / statistics.mean(alone):.3f}" if alone else ""
         sync = "" if workers == 1 else f"{1e3 * measured.sync_s:.1f}"
         peak = "" if measured.peak_gib is None else f"{measured.peak_gib:.1f}"
         print(
@@ -315,10 +339,16 @@ def main() -> None:
     ends = time.monotonic() + BUDGET_S
     for name in arguments.variants.split(","):
         count = 1 if VARIANTS[name][0] == SINGLE else workers
+        left = min(VARIANT_S, ends - time.monotonic())
         try:
-            left = min(VARIANT_S, ends - time.monotonic())
             if left < LEAST_S:
                 raise RuntimeError("the time is up")
+            if count == 1:
+                cards = workers if arguments.device == "cuda" else 1
+                for card, measured in enumerate(run_alone(arguments, cards, left)):
+                    rows[f"{name}, card {card}"] = (1, measured)
+                    print(f"{name}, card {card}: {measured}", flush=True)
+                continue
             rows[name] = (count, run_variant(arguments, name, count, left))
             print(f"{name}: {rows[name][1]}", flush=True)
         except RuntimeError as error:

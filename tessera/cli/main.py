@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from tessera import __version__
 from tessera.cli.common import epilog, json_option, print_json, root_option, run_command
+
+if TYPE_CHECKING:
+    from tessera.training.launch import Plan
 
 _ELSEWHERE = {
     "corpus": ("tessera.cli.corpus", "corpus", "Build and verify token shards."),
@@ -59,6 +63,7 @@ _set_option = click.option(
     epilog=epilog(
         "tessera train experiments/smoke.yaml",
         "tessera train experiments/tessera_1b.yaml --root s3://bucket/tessera --set tokens=6553600",
+        "tessera train experiments/tessera_1b.yaml --gpus 2",
     )
 )
 @click.argument("experiment", type=click.Path())
@@ -67,6 +72,7 @@ _set_option = click.option(
 @click.option("--run-id", metavar="ID", help="Name the run yourself; also TESSERA_RUN_ID.")
 @click.option("--new", is_flag=True, help="Start another run even if this one exists.")
 @click.option("--quiet", is_flag=True, help="No progress line.")
+@click.option("--gpus", type=int, metavar="N", help="Train on N GPUs of this machine.")
 def train(
     experiment: str,
     overrides: tuple[str, ...],
@@ -74,14 +80,23 @@ def train(
     run_id: str | None,
     new: bool,
     quiet: bool,
+    gpus: int | None,
 ) -> int:
     """Train EXPERIMENT, or continue its unfinished run.
+
+    Under torchrun, or where SkyPilot rented several GPUs or machines, all of them train together.
 
     Exit codes: 0 done; 2 bad input; 3 diverged; 75 another machine or moment may help.
     """
     from tessera.experiment import load_experiment
 
     settings = load_experiment(experiment, overrides)  # before torch: a typo is told at once
+    plan = workers_to_start(gpus)
+    if plan is not None:
+        from tessera.training.launch import launch
+
+        command = [sys.executable, "-m", "tessera", *sys.argv[1:]]
+        return launch(plan, command, grace_s=settings.preemption.grace_s)
     from tessera.cli.attempts import place_of
     from tessera.cloud.machine import describe_machine
     from tessera.storage import open_root
@@ -94,8 +109,19 @@ def train(
     )
     place = place_of(machine)
     result = run_training(settings, open_root(root), place, run_id=run_id, new=new, quiet=quiet)
-    click.echo(f"{result.run.id}: {result.text}")
+    if os.environ.get("RANK", "0") == "0":  # one of several workers speaks
+        click.echo(f"{result.run.id}: {result.text}")
     return result.exit_code
+
+
+def workers_to_start(gpus: int | None) -> Plan | None:
+    """Whether this process starts workers instead of being one; ``gpus`` is the option's number."""
+    from tessera.training.launch import Plan, needs_launch
+
+    plan = needs_launch(os.environ)
+    if plan is None and gpus is not None and "WORLD_SIZE" not in os.environ:
+        plan = Plan.on_this_machine(gpus)
+    return plan if plan is not None and plan.nodes * plan.workers > 1 else None
 
 
 @tessera.command(

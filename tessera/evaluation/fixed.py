@@ -47,11 +47,12 @@ def fixed_windows(
     training; a split too short for one window is a ValueError.
     """
     rows: list[npt.NDArray[np.int64]] = []
+    most = max(1, limit // sequence)
     for tokens in shards:
-        for start in range(0, len(tokens) - sequence, sequence):
-            if (len(rows) + 1) * sequence > max(limit, sequence):
-                break
-            rows.append(tokens[start : start + sequence + 1].astype(np.int64))
+        starts = range(0, len(tokens) - sequence, sequence)[: most - len(rows)]
+        rows += [tokens[start : start + sequence + 1].astype(np.int64) for start in starts]
+        if len(rows) == most:
+            break  # the shards after this one need not even be fetched
     if not rows:
         raise ValueError(f"the evaluation split has no {sequence + 1} tokens in one shard")
     windows = np.stack(rows)

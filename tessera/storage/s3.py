@@ -1,8 +1,8 @@
 """S3 and its relatives: every byte that goes or comes is checked, whatever lies in between.
 
 The requests are made here and not by s3fs, because only their answers tell the ETag of what was
-moved, and because one lost request of a thousand must not send 12 GB again: ``Caller`` tries each of
-them again.
+moved, and because one lost request of a thousand must not send 12 GB again: ``Caller`` tries each
+of them again.
 
 What an ETag proves:
 
@@ -313,7 +313,7 @@ class S3Store(S3Requests):
         self._remember(path, etag, md5_of(content))
         return True
 
-    # -- what ETags stood for -----------------------------------------------------------------------
+    # -- what ETags stood for --------------------------------------------------------------------
 
     def _remember(self, path: str, etag: str, digest: bytes) -> None:
         with self._lock:

@@ -79,8 +79,8 @@ def heartbeat_s(environ: Mapping[str, str] = os.environ) -> float:
         value = math.nan
     if not 0.05 <= value <= 3600:
         raise InputError(
-            f"{HEARTBEAT_VARIABLE} is {text!r}; expected seconds between two uploads of the journal, "
-            "from 0.05 to 3600."
+            f"{HEARTBEAT_VARIABLE} is {text!r}; expected seconds between two uploads of the "
+            "journal, from 0.05 to 3600."
         )
     return value
 

@@ -195,7 +195,7 @@ class Trainer:
 
         def step(size: int) -> None:
             inputs, targets = (t.to(program.device) for t in program.dummy(size))
-            # Several ranks do not add up: one that runs out of memory would leave the others waiting.
+            # No adding up over ranks: one that runs out of memory would leave the others waiting.
             replica.micro_step(inputs, targets, 1, last=self.world.size == 1)
 
         def release() -> None:

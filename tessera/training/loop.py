@@ -62,7 +62,7 @@ class Session:
 
 @dataclass
 class _Interval:
-    """What has happened since the last log point: the losses of applied steps, and how fast it went.
+    """Since the last log point: the losses of the steps that were applied, and how fast they went.
 
     Sum and count travel with a checkpoint, so that the mean at the next log point is the one of an
     undisturbed run; the clock starts anew with each attempt and after a compilation.
@@ -112,6 +112,7 @@ class Loop:
         self.saver = Saver(
             session.run, session.attempt, session.journal, session.world,
             self._experiment.checkpoint, session.line.say, loaded,
+            self._cost.add_traffic if self._cost else None,
         )  # fmt: skip
         self._grad_norm: Tensor | None = None
         self._lr = 0.0
@@ -174,7 +175,8 @@ class Loop:
         with self._clock.filing("checkpoint"):
             self._settle()
             self._clock.report(self.done)
-            self._s.journal.flush_within(max(0.1, deadline - time.monotonic()))
+            # A store that hangs may not take the time that the local disk needs.
+            self._s.journal.flush_within(max(0.1, 0.25 * (deadline - time.monotonic())))
             self.saver.save_last(self.done, self._tensors, self._state, deadline)
 
     # -- one step --------------------------------------------------------------------------------
@@ -291,10 +293,13 @@ class Loop:
         if not self._program.evaluates_after(self.done):
             return
         self._settle()
-        with self._clock.filing("evaluate"), self._aside():
-            with self._replica.evaluating() as model:
-                score = scorer(model, self._program.compute_dtype)
-                figures = self._program.evaluate(self.done, score)
+        with (
+            self._clock.filing("evaluate"),
+            self._aside(),
+            self._replica.evaluating() as model,
+        ):
+            score = scorer(model, self._program.compute_dtype)
+            figures = self._program.evaluate(self.done, score)
         for key, value in figures.items():
             self._s.journal.metric(key, value, self.done)
         shown = "  ".join(f"{key} {value:.4f}" for key, value in figures.items())

@@ -63,7 +63,11 @@ class PretrainProgram(Program):
         limit = int(experiment.data.cache_gib * 2**30)
         self._store = store = ShardStore(root, manifest, limit_bytes=limit)
         self._loader = SampleLoader(
-            store, experiment.sequence, experiment.seed, manifest.fingerprint
+            store,
+            experiment.sequence,
+            experiment.seed,
+            manifest.fingerprint,
+            samples=self.steps * self.samples_per_step,
         )
         try:
             self._fixed = fixed_windows(

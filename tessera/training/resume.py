@@ -10,6 +10,7 @@ from tessera.errors import DivergedError
 from tessera.runs import Attempt, CheckpointRef, Ending, Rollback, Run
 from tessera.tracking.journal import Record, read_journal
 from tessera.training.checkpoint.fetch import Loaded
+from tessera.training.checkpoint.publish import guard_publication
 from tessera.training.stability import GoBackError, Range, Skips
 
 
@@ -88,20 +89,24 @@ def decide_rollback(
 ) -> Rollback:
     """Where the run goes back to and what it leaves out; recorded before anything else happens.
 
-    Raises ``DivergedError`` if it went back ``allowed`` times already, or has no checkpoint.
+    Raises ``DivergedError`` if it went back ``allowed`` times already, or has no checkpoint from
+    before the last bad step, and ``SupersededError`` if another attempt took over.
     """
+    guard_publication(run, attempt)  # a record now would give up what the other one works on
     target = target_of(run, cause, every_steps)
+    first, end = cause.excluded
+    if target is not None and skips.first_sample(target.step) >= end:
+        target = None  # it is from after the bad steps, so there would be nothing to leave out
     if skips.rollbacks >= allowed or target is None:
         why = (
             f"the run went back {skips.rollbacks} times already"
             if target is not None
-            else "there is no checkpoint to go back to"
+            else "there is no checkpoint from before them to go back to"
         )
         raise DivergedError(
             f"Run {run.id} diverged: {cause}, and {why}; lower optimizer.lr or "
             "optimizer.clip_norm and start again with --new."
         )
-    first, end = cause.excluded
     # Steps before the target stay as they were, so what they read cannot be left out any more.
     skips.exclude([(max(first, skips.first_sample(target.step)), end)])
     rollback = Rollback(

@@ -158,9 +158,12 @@ class Skips:
         )
 
     def exclude(self, ranges: Iterable[Range]) -> None:
-        """Leave these out as well."""
+        """Leave these out as well; then the count of steps that were not applied begins anew."""
+        more = [(int(first), int(end)) for first, end in ranges]
+        if more:
+            self._steps = []
         merged: list[Range] = []
-        for first, end in sorted({*self.excluded, *((int(a), int(b)) for a, b in ranges)}):
+        for first, end in sorted({*self.excluded, *more}):
             if merged and first <= merged[-1][1]:
                 merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
             else:

@@ -8,7 +8,8 @@ does to ``runs/`` in the root, in the order in which it does them:
     child   Point(operation, path, "after")         driver   anything: go on
     child   Ended(exit code)
 
-Downloads of a checkpoint are such points too, since another attempt may remove it meanwhile. What
+Listings and downloads of checkpoints are such points too, since another attempt may remove one
+meanwhile. What
 would make the order differ from one try to the next is taken out: a save is over before the next
 step, a checkpoint is two files, the heartbeat is an hour away. Tokens of attempts are given, since
 the smaller one wins between two attempts of the same number.
@@ -73,6 +74,7 @@ class Gate:
 
 def install(gate: Gate) -> None:
     """Put the gate around everything that writes to a run, and around downloads."""
+    from tessera.runs import Run
     from tessera.storage import Root
     from tessera.storage.s3 import S3Store
 
@@ -105,6 +107,13 @@ def install(gate: Gate) -> None:
     wrap(Root, "put_file", 1, always)
     wrap(Root, "get_file", 0, always)
     wrap(Root, "read_json", 0, of_a_checkpoint)
+    listed = Run.complete
+
+    def listing(run: Run) -> Any:
+        return gate.around("complete", run.path("checkpoints"), lambda: listed(run))
+
+    patch: Callable[[Any, str, Any], None] = setattr
+    patch(Run, "complete", listing)
     wrap(Root, "create", 0, on_a_disk)
     # On S3 a look whether the object exists comes first; the race lies behind it.
     wrap(S3Store, "_put", 0, exclusive)
@@ -182,8 +191,10 @@ def run(order: dict[str, Any]) -> int:
         os.dup2(file, descriptor)
     os.environ.clear()
     os.environ.update(order["environment"])
-    gate = Gate(Client(order["address"], family="AF_UNIX"))
-    gate._connection.send(os.getpid())
+    connection = Client(order["address"], family="AF_UNIX")
+    connection.send(os.getpid())
+    connection.recv()  # the driver holds on to this process before it can end
+    gate = Gate(connection)
     if order["gated"]:
         install(gate)
     settle(order["tokens"], order["nudge"], tuple(order["poisoned"]))
@@ -201,7 +212,7 @@ def run(order: dict[str, Any]) -> int:
 
 def main() -> None:
     """Read orders until there are no more."""
-    import s3fs  # type: ignore[import-untyped]  # noqa: F401
+    import s3fs  # noqa: F401
 
     import tessera.cli._exp_view
     import tessera.cli.attempts

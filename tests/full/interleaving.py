@@ -115,7 +115,7 @@ def kind_of(point: Point) -> str:
     if parts[0] == "attempts":
         return "ending" if name.endswith(".end.json") else "attempt"
     if parts[0] == "checkpoints":
-        reading = {"get_file": "download", "read_json": "look"}
+        reading = {"get_file": "download", "read_json": "look", "complete": "listing"}
         removing = {"delete_tree": "removal", "delete": "delete"}
         writing = {"put_file": "file", "publish": "COMPLETE"}
         return (reading | removing | writing)[point.operation]
@@ -138,6 +138,7 @@ class Actor:
         self._connection, self._output = connection, output
         self.pid = int(connection.recv())
         self._process = os.pidfd_open(self.pid)
+        connection.send(True)
         self.held: Point | None = None
         self.seen: list[tuple[str, str]] = []
         self._counts: Counter[tuple[str, str]] = Counter()
@@ -186,9 +187,8 @@ class Actor:
 
     def said(self) -> Said:
         """What it wrote and how it ended."""
-        out, err = (
-            self._output.with_suffix(f".{end}").read_text(errors="replace") for end in ("out", "err")
-        )
+        files = (self._output.with_suffix(f".{end}") for end in ("out", "err"))
+        out, err = (file.read_text(errors="replace") for file in files)
         return Said(self.code, out, err)
 
 

@@ -27,7 +27,7 @@ def holds(points: Iterable[tuple[str, str]]) -> list[Hold]:
 def orders(first: Hold, stops: Sequence[Hold]) -> list[tuple[Move, ...]]:
     """What may happen while A is held there."""
     held, on, dead = Move("A", first), Move("A", END), Move("A", KILL)
-    found = [(held, Move("B", END), on), (held, Move("B", END), dead)]
+    found: list[tuple[Move, ...]] = [(held, Move("B", END), on), (held, Move("B", END), dead)]
     for stop in stops:
         other, end = Move("B", stop), Move("B", END)
         found += [
@@ -53,67 +53,83 @@ def every_case(
     ]
 
 
-def _moves(*texts: str) -> tuple[Move, ...]:
-    """"A before COMPLETE 2" and the like."""
+def moves(text: str) -> tuple[Move, ...]:
+    """Reads "A before COMPLETE 2 | B end | A kill"."""
     found = []
-    for text in texts:
-        who, *rest = text.split()
+    for part in text.split(" | "):
+        who, *rest = part.split()
         until = rest[0] if len(rest) == 1 else Hold(rest[1], int(rest[2]), rest[0])
         found.append(Move(who, until))
     return tuple(found)
 
 
+FIRST = (
+    # B has tidied up what A had not completed yet; A is no further than B, and then further.
+    "A before COMPLETE 1 | B before file 3 | A end | B end",
+    (
+        "A after attempt 1 | B before attempt 1 | A before COMPLETE 2 | B before file 3 | B kill"
+        " | A end"
+    ),
+    # A has looked for a later attempt, and now there is one.
+    "A after journal 1 | B before COMPLETE 1 | A end | B end",
+    # While one lists checkpoints the other completes one.
+    (
+        "A after attempt 1 | B before attempt 1 | A before COMPLETE 2 | B after listing 2"
+        " | A after COMPLETE 2 | B end | A end"
+    ),
+    "A after listing 2 | B after COMPLETE 1 | A end | B end",
+    "A after listing 3 | B after COMPLETE 2 | A end | B end",
+    # The model is published by both, and the ending.
+    "A before model 2 | B end | A end",
+    "A after model 1 | B end | A kill",
+    "A before ending 1 | B end | A end",
+)
+TIES = (
+    # Both take the same number; both create the run; both finish it.
+    "A before attempt 1 | B before attempt 1 | A after COMPLETE 1 | B end | A end",
+    "A before run 1 | B before run 1 | B after run 1 | A after COMPLETE 1 | B end | A end",
+    "A before ending 1 | B before ending 1 | A end | B end",
+)
+LATER = (
+    # What B wants to continue from is dropped, before and while it is read.
+    "B before look 1 | A before model 1 | B end | A end",
+    "B before download 1 | A end | B end",
+    "B after download 1 | A before model 1 | B end | A end",
+)
+GOING_BACK = (
+    # One decides to go back while the other lives, has taken the next number, or takes it now.
+    "A before rollback 1 | B end | A end",
+    "A before rollback 1 | B after COMPLETE 1 | A end | B end",
+    "A after rollback 1 | B end | A end",
+    "A after rollback 1 | B after attempt 1 | A after attempt 2 | B end | A end",
+    "A before attempt 2 | B before attempt 1 | A end | B end",
+    "A before attempt 2 | B before attempt 1 | B end | A end",
+    "A after COMPLETE 1 | B before attempt 1 | A after COMPLETE 2 | B end | A end",
+    "A after rollback 1 | A kill | B end",
+)
+ONE_MACHINE = (
+    "A before attempt 1 | B end | A end",
+    "A before attempt 1 | B before attempt 1 | A after COMPLETE 1 | B end | A end",
+    "A before file 2 | B after COMPLETE 1 | A end | B end",
+)
+NUDGED = (
+    # A's weights differ in their last bits, as on a GPU.
+    "A before model 1 | B end | A end",
+    "A before model 1 | B end | A after model 1 | A kill",
+)
+
+
 def chosen() -> list[Case]:
-    """Those that are tried whatever the sample: each has a reason."""
-    beyond = _moves(
-        "A before COMPLETE 2", "B after latest 1", "B kill", "A end",
-    )  # A stands beyond B, which tidies up what A has not completed yet
-    tidied = _moves("A before COMPLETE 1", "B after latest 1", "A end", "B end")
-    same_number = _moves("A before attempt 1", "B before attempt 1", "A after COMPLETE 1", "B end",
-                         "A end")  # fmt: skip
-    created = _moves("A before run 1", "B before run 1", "B after run 1", "A after COMPLETE 1",
-                     "B end", "A end")  # fmt: skip
-    model = _moves("A before model 2", "B end", "A end")
-    half_model = _moves("A after model 1", "B end", "A kill")
-    both_end = _moves("A before ending 1", "B before ending 1", "A end", "B end")
-    both_end_late = _moves("A before ending 1", "B end", "A end")
-    dropped = _moves("B before download 1", "A end", "B end")
-    dropped_half = _moves("B after download 1", "A before model 1", "B end", "A end")
-    dropped_look = _moves("B before look 1", "A before model 1", "B end", "A end")
-    guarded = _moves("A after journal 1", "B before COMPLETE 1", "A end", "B end")
-    both_orders = [
-        (moves, tokens)
-        for moves in (same_number, created, both_end)
-        for tokens in (Case(()).tokens, SWAPPED)
-    ]
+    """Those that are tried whatever the sample."""
+    straight = Case(()).tokens
     return [
-        *(Case(beyond, variant) for variant in (ONE, TWO)),
-        *(Case(tidied, variant) for variant in (ONE, TWO)),
-        *(Case(moves, TWO, tokens=tokens) for moves, tokens in both_orders),
-        Case(same_number, TWO, later=True),
-        Case(same_number, TWO, later=True, same_machine=True),
-        *(Case(moves, TWO) for moves in (model, half_model, both_end_late, guarded)),
-        *(Case(m, ONE, later=True) for m in (dropped, dropped_half, dropped_look)),
-        *(Case(m, ONE, later=True, same_machine=True) for m in (dropped, dropped_half)),
-        Case(_moves("A before attempt 1", "B end", "A end"), TWO, later=True, same_machine=True),
-        *gone_back(),
+        *(Case(moves(text), variant) for text in FIRST for variant in (ONE, TWO)),
+        *(Case(moves(text), TWO, tokens=them) for text in TIES for them in (straight, SWAPPED)),
+        *(Case(moves(text), ONE, later=True) for text in LATER),
+        *(Case(moves(text), POISONED) for text in GOING_BACK),
+        *(Case(moves(text), TWO, later=True, same_machine=True) for text in ONE_MACHINE),
+        *(Case(moves(text), ONE, later=True, same_machine=True) for text in LATER),
     ]
-
-
-def gone_back() -> list[Case]:
-    """One of them goes back while the other is alive."""
-    texts = (
-        ("A before rollback 1", "B end", "A end"),
-        ("A before rollback 1", "B after COMPLETE 1", "A end", "B end"),
-        ("A after rollback 1", "B end", "A end"),
-        ("A after rollback 1", "B after attempt 1", "A after attempt 2", "B end", "A end"),
-        ("A before attempt 2", "B before attempt 1", "A end", "B end"),
-        ("A before attempt 2", "B before attempt 1", "B end", "A end"),
-        ("A after COMPLETE 1", "B before attempt 1", "A after COMPLETE 2", "B end", "A end"),
-        ("A after rollback 1", "A kill", "B end"),
-        ("A after COMPLETE 2", "B before COMPLETE 1", "A end", "B end"),
-    )
-    return [Case(_moves(*text), POISONED) for text in texts]
 
 
 def sampled(cases: Sequence[Case], count: int, seed: int) -> list[Case]:

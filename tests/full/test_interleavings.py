@@ -11,7 +11,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
@@ -100,4 +99,16 @@ def test_a_sample_of_all_interleavings(stages: Stages) -> None:
     every = [case for cases in stages.cases.values() for case in cases]
     print(f"\n{stages.store.kind}: {SAMPLED} of {len(every)} interleavings, seed {SEED}")
     tally = stages.perform(schedules.sampled(every, SAMPLED, SEED))
+    assert not tally.problems, "\n".join(tally.problems)
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="model/ is one folder for all attempts: one that was taken over after its last look "
+    "overwrites what the attempt that finished the run published",
+)
+@pytest.mark.parametrize("text", schedules.NUDGED)
+def test_the_model_is_the_one_of_the_attempt_that_finished(stages: Stages, text: str) -> None:
+    """Weights that differ in their last bits, as two GPUs would make them."""
+    tally = stages.perform([Case(schedules.moves(text), TWO, nudged="A")])
     assert not tally.problems, "\n".join(tally.problems)

@@ -382,7 +382,7 @@ def _live(bench: Bench, run: Run, life: Life) -> Attempt:
 
 
 @settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(lives=_LIVES, damaged=st.none() | st.integers(0, 1))
 def test_no_dollar_is_lost_or_counted_twice(

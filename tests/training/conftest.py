@@ -201,6 +201,8 @@ class Bench:
         self.root = Root(str(folder / "root"), attempts=1)
         self.cache = folder / "cache"
         self.environ: dict[str, str] = {}
+        self.url: str | None = None
+        """Where launched processes find the root if not in ``root``."""
         for name, data in (("tiny", BASE), ("voice", VOICE)):
             (folder / f"{name}.yaml").write_text(yaml.safe_dump(data), "utf-8")
         write_conversations(folder / "talk.jsonl")
@@ -222,7 +224,13 @@ class Bench:
 
     def arguments(self, *extra: str, name: str = "tiny") -> list[str]:
         """The command line of ``tessera train``."""
-        return ["train", str(self.folder / f"{name}.yaml"), "--root", self.root.url, *extra]
+        return [
+            "train",
+            str(self.folder / f"{name}.yaml"),
+            "--root",
+            self.url or self.root.url,
+            *extra,
+        ]
 
     def command(
         self, capfd: pytest.CaptureFixture[str], *extra: str, name: str = "tiny"
@@ -284,6 +292,28 @@ class Bench:
             self.before_step(step, pull, patch)
             with pytest.raises(RuntimeError, match="the plug"):
                 self.train(*overrides, name=name)
+
+    def stop_before(self, step: int, *overrides: str, name: str = "tiny") -> session.Result:
+        """Train in this process until a preemption comes while step ``step`` is about to begin.
+
+        The step is finished and saved: it has no second micro-batch to stop before.
+        """
+
+        def stop(loop: Loop) -> None:
+            loop.session.stop.signal = "SIGTERM"
+
+        with pytest.MonkeyPatch.context() as patch:
+            self.before_step(step, stop, patch)
+            result = self.train(*overrides, name=name)
+        assert result.exit_code == 75
+        return result
+
+    def die_then_finish(self, disturbance: Disturbance, *overrides: str) -> None:
+        """A process of its own until it kills itself, then another attempt to the end."""
+        died = self.start(*as_options(*overrides), disturb=disturbance).end()
+        assert died.code == -signal.SIGKILL, died
+        with disturbance.but(die_before=0, die_after_rollback=False).here():
+            assert self.train(*overrides).exit_code == 0
 
     def forget_local(self) -> None:
         """The next attempt runs on another machine: nothing is there but what is in the root."""
@@ -401,6 +431,11 @@ def bench(
     return Bench(tmp_path, launcher)
 
 
+def as_options(*overrides: str) -> list[str]:
+    """``--set`` options of the command line."""
+    return [text for setting in overrides for text in ("--set", setting)]
+
+
 @dataclass(frozen=True)
 class Whole:
     """What an undisturbed run of the tiny experiment came to."""
@@ -408,6 +443,14 @@ class Whole:
     root: Path
     digest: str
     points: dict[str, dict[int, float]]
+
+
+def assert_as_if_undisturbed(bench: Bench, whole: Whole) -> None:
+    """Losses and weights are those of the undisturbed run, bit for bit."""
+    run = bench.only_run()
+    for key, expected in whole.points.items():
+        assert bench.points(run, key) == expected, key
+    assert bench.digest(run) == whole.digest
 
 
 METRICS = ("train/loss", "train/lr", "train/grad_norm", "eval/loss", "progress/tokens")

@@ -1,7 +1,7 @@
 """Ways to disturb a training from inside: data that cannot be learnt from, a kill -9 on the spot.
 
-A test installs them with ``MonkeyPatch.setattr`` for a training in its own process; the launcher
-does so with ``setattr`` in a child, from an order. The samples are what is bad, not a step: who
+A test installs them for a training in its own process; the launcher does so in a child, from an
+order. The samples are what is bad, not a step: who
 leaves them out meets them no more.
 """
 
@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -29,6 +31,18 @@ Setter = Callable[[Any, str, Any], None]
 RARE = 1
 """Nothing is ever followed by this token, so a batch of it alone has a huge loss."""
 
+PER_STEP = 8
+"""Samples of a step of the tiny experiment."""
+# At its usual learning rate the tiny run spikes by itself, at step 11.
+CALM = (
+    "optimizer.lr=0.005", "stability.window=16", "stability.sigma=20", "stability.max_skips=2",
+)  # fmt: skip
+
+
+def at(*steps: int) -> tuple[int, ...]:
+    """The first samples of these steps (1-based) of a run that leaves nothing out."""
+    return tuple((step - 1) * PER_STEP for step in steps)
+
 
 @dataclass(frozen=True)
 class Disturbance:
@@ -36,9 +50,9 @@ class Disturbance:
 
     ``nan`` and ``spike`` are the first samples of steps whose loss is not a number, or huge. Before
     step ``die_before`` (1-based) of attempt ``die_in`` the process kills itself, once all that was
-    to be saved is saved; with ``die_after_rollback`` it does so when it has decided to go back. With
-    ``keep_up`` every save is over before the next step: steps here take milliseconds, and which of
-    the checkpoints a slow store gets would depend on the hour.
+    to be saved is saved; with ``die_after_rollback`` it does so when it has decided to go back.
+    With ``keep_up`` every save is over before the next step: steps here take milliseconds, and
+    which of the checkpoints a slow store gets would depend on the hour.
     """
 
     nan: tuple[int, ...] = ()
@@ -55,6 +69,13 @@ class Disturbance:
     def but(self, **changes: Any) -> Disturbance:
         """The same with something else."""
         return replace(self, **changes)
+
+    @contextmanager
+    def here(self) -> Iterator[None]:
+        """Trainings of this process meet it meanwhile."""
+        with pytest.MonkeyPatch.context() as patch:
+            self.install(patch.setattr)
+            yield
 
     def install(self, set_: Setter) -> None:
         """Disturb every training of this process from now on."""

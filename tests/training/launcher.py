@@ -14,10 +14,15 @@ import sys
 from typing import Any
 
 import s3fs  # noqa: F401 - what takes the seconds
-import tessera.training.session  # noqa: F401 - the same
+
+import tessera.training.session  # noqa: F401 - the same, and so is measuring the peak
 from tessera.cli.common import run_command
 from tessera.cli.main import tessera as command
+from tessera.model.peak import Peak
+from tessera.training import attempt
 from tests.training.disturb import Disturbance
+
+PEAK = Peak(1e12, "the tests")
 
 
 def run(order: dict[str, Any]) -> int:
@@ -33,6 +38,7 @@ def run(order: dict[str, Any]) -> int:
     return code
 
 
+attempt.peak_flops = lambda device, dtype: PEAK
 for name in [name for name in os.environ if name.startswith("TESSERA_")]:
     del os.environ[name]
 for line in sys.stdin:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import random
 import shutil
 import time
@@ -15,19 +14,13 @@ import torch
 
 from tessera.errors import StoreError, SupersededError
 from tessera.training.loop import Loop
+from tests.training.conftest import assert_as_if_undisturbed
 
 if TYPE_CHECKING:
     from tests.training.conftest import Bench, Whole
 
 # One sequence at a time makes the steps slow enough to be interrupted.
 SLOW = ("--set", "batch.micro_batch=1")
-
-
-def assert_as_if_undisturbed(bench: Bench, whole: Whole) -> None:
-    run = bench.only_run()
-    for key, expected in whole.points.items():
-        assert bench.points(run, key) == expected, key
-    assert bench.digest(run) == whole.digest
 
 
 @pytest.fixture(scope="module")
@@ -213,34 +206,7 @@ def test_the_newest_whole_checkpoint_outlives_an_older_damaged_one_of_a_later_st
     assert_as_if_undisturbed(bench, whole)
 
 
-# -- a full disk -----------------------------------------------------------------------------------
-
-
-def test_a_full_local_disk_costs_a_checkpoint_and_not_the_run(
-    bench: Bench, whole: Whole, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plain = torch.distributed.checkpoint.filesystem.FileSystem.create_stream
-    full = {"now": False}
-
-    def create_stream(*arguments: Any) -> Any:
-        if full["now"]:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return plain(*arguments)
-
-    monkeypatch.setattr(
-        torch.distributed.checkpoint.filesystem.FileSystem, "create_stream", create_stream
-    )
-    bench.before_step(9, lambda _: full.update(now=True), monkeypatch)
-    bench.before_step(13, lambda _: full.update(now=False), monkeypatch)
-    run = bench.train().run
-    (failed,) = bench.events(run, "checkpoint/failed")
-    assert failed.step == 10
-    reason = failed.value["reason"]
-    assert reason.startswith("No checkpoint at step 10: it cannot be written to ")
-    assert reason.endswith("[Errno 28] No space left on device.")
-    assert not list(bench.cache.glob("checkpoints/*/*/*.partial"))
-    assert [event.step for event in bench.events(run, "checkpoint/published")] == [5, 15, 20, 25]
-    assert_as_if_undisturbed(bench, whole)
+# -- a full store ----------------------------------------------------------------------------------
 
 
 def test_a_store_that_is_full_costs_a_checkpoint_and_not_the_run(

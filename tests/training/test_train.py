@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+import yaml
 
+from tessera.corpus.build import build
 from tessera.errors import InputError, StoreError
 from tessera.evaluation.weights import load_base
 from tessera.model.digest import weights_digest
+from tests.training.conftest import as_options, write_corpus
 
 if TYPE_CHECKING:
     from tests.training.conftest import Bench, Whole
@@ -146,23 +149,57 @@ def test_what_does_not_fit_is_refused_in_one_sentence(
 
 
 @pytest.mark.parametrize(
-    ("setting", "named"),
+    ("settings", "named"),
     [
-        ("optimizer.lr=0.02", "optimizer.lr = 0.01, this experiment says 0.02"),
-        ("seed=1", "seed = 20260614, this experiment says 1"),
-        ("schedule.final_lr=0.0", "schedule.final_lr = 0.0001, this experiment says 0.0"),
+        (["seed=1"], "seed = 20260614, this experiment says 1"),
+        (["model.layers=3"], "model.layers = 2, this experiment says 3"),
+        (["model.context=128"], "model.context = 64, this experiment says 128"),
+        (["optimizer.lr=0.02"], "optimizer.lr = 0.01, this experiment says 0.02"),
+        (["optimizer.betas=[0.9, 0.99]"], "optimizer.betas = [0.9, 0.95], this experiment says ["),
+        (["schedule.final_lr=0.0"], "schedule.final_lr = 0.0001, this experiment says 0.0"),
+        (["batch.tokens_per_step=512"], "batch.tokens_per_step = 256, this experiment says 512"),
+        (["data.sequence=64"], "data.sequence = 32, this experiment says 64"),
+        (["precision=bf16"], "precision = float32, this experiment says bf16"),
+        (["stability.window=64"], "stability.window = 128, this experiment says 64"),
+        (["tokens=5120"], "tokens = 7680, this experiment says 5120"),
     ],
 )
 def test_a_changed_setting_is_refused_by_name(
-    bench: Bench, capfd: pytest.CaptureFixture[str], setting: str, named: str
+    bench: Bench, capfd: pytest.CaptureFixture[str], settings: list[str], named: str
 ) -> None:
     bench.crash(7)
     run = bench.only_run()
     before = bench.root.files("")
-    refused = bench.command(capfd, "--run-id", run.id, "--set", setting)
+    refused = bench.command(capfd, "--run-id", run.id, *as_options(*settings))
     assert refused.code == 2
     assert f"Run {run.id} was started with {named}" in refused.err
+    assert refused.err.endswith("; put it back, or start another run with --new.\n")
     assert refused.err.count("\n") == 1
+    assert bench.root.files("") == before
+
+
+@pytest.mark.parametrize("vocabulary", [300, 290], ids=["other texts", "another tokenizer"])
+def test_other_data_under_the_same_name_are_refused(
+    bench: Bench, capfd: pytest.CaptureFixture[str], vocabulary: int
+) -> None:
+    bench.crash(7)
+    run = bench.only_run()
+    (bench.folder / "other").mkdir()
+    recipe = write_corpus(bench.folder / "other")
+    changed = yaml.safe_load(recipe.read_text())
+    changed["tokenizer"]["train"]["vocab_size"] = vocabulary
+    changed["holdout"]["salt"] = "t"
+    recipe.write_text(yaml.safe_dump(changed))
+    other = build(recipe, bench.root).manifest.fingerprint
+    settings = [f"data.fingerprint={other}", f"model.vocab_size={vocabulary}"]
+    before = bench.root.files("")
+    refused = bench.command(capfd, "--run-id", run.id, *as_options(*settings))
+    assert refused.code == 2
+    assert refused.err == (
+        f"Error: Run {run.id} was trained on data {run.record.fingerprint[:12]}, this experiment "
+        f"reads {other[:12]}; give the old data back (data.fingerprint) or start another run with "
+        "--new.\n"
+    )
     assert bench.root.files("") == before
 
 

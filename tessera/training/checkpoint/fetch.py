@@ -7,6 +7,7 @@ one is taken.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,9 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from tessera.errors import DamagedError, NotFoundError
 from tessera.runs import CheckpointRef, Run, furthest_first
 from tessera.storage import cache_folder, require_writable, sha256_file
+from tessera.storage.local import copy_local
 from tessera.tracking.journal import alive_here, read_journal
 from tessera.training.checkpoint.files import (
     COMPLETE,
@@ -32,7 +36,7 @@ _DOWNLOADS = 8
 
 @dataclass(frozen=True)
 class Loaded:
-    """A verified checkpoint on the local disk."""
+    """A verified checkpoint on the local disk, under names that no other attempt removes."""
 
     ref: CheckpointRef
     folder: Path
@@ -40,9 +44,8 @@ class Loaded:
     local: bool
 
     def discard(self) -> None:
-        """Remove the download; a local checkpoint stays."""
-        if not self.local:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove the download, or the second names of a local checkpoint, which stays."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def fetch_checkpoint(
@@ -63,12 +66,13 @@ def fetch_checkpoint(
         if ref in here:
             try:
                 return _open_local(run, ref), notes
-            except DamagedError as error:
-                notes.append(f"The local checkpoint of step {ref.step} is passed over: {error}")
-                drop_local(run, ref)
+            except (DamagedError, FileNotFoundError) as error:
+                if (local_folder(run) / ref.name).exists():  # else an attempt that lives dropped it
+                    notes.append(f"The local checkpoint of step {ref.step} is passed over: {error}")
+                    drop_local(run, ref)
         if ref in in_root:
             try:
-                return _download(run, ref), notes
+                return _download(run, ref, _own_folder(run, ref, local)), notes
             except (DamagedError, NotFoundError) as error:  # an outage is not damage: it ends here
                 if isinstance(error, NotFoundError) and ref not in run.checkpoints():
                     return fetch_checkpoint(
@@ -85,15 +89,27 @@ def fetch_checkpoint(
 
 def clean_up(run: Run) -> None:
     """Remove what killed attempts left half done on this disk, and see that it can be written."""
-    if not alive_here(run):
+    alone = not alive_here(run)
+    if alone:
         remove_partials(run)
-        shutil.rmtree(_resume_folder(run), ignore_errors=True)
+    for folder in _resume_folder(run).glob("*"):
+        owner = folder.suffix[1:]
+        if not psutil.pid_exists(int(owner)) if owner else alone:
+            shutil.rmtree(folder, ignore_errors=True)
     for folder in (local_folder(run), _resume_folder(run)):
         require_writable(folder)
 
 
 def _resume_folder(run: Run) -> Path:
     return cache_folder() / "resume" / run.id
+
+
+def _own_folder(run: Run, ref: CheckpointRef, alone: bool) -> Path:
+    """Where ``ref`` is loaded from: this process's own, as others of this machine may be starting.
+
+    Several machines (not ``alone``) have to name it alike.
+    """
+    return _resume_folder(run) / (f"{ref.name}.{os.getpid()}" if alone else ref.name)
 
 
 def _usable_here(run: Run) -> list[CheckpointRef]:
@@ -117,6 +133,14 @@ def _usable_here(run: Run) -> list[CheckpointRef]:
 
 
 def _open_local(run: Run, ref: CheckpointRef) -> Loaded:
+    """Verify a local checkpoint and give it second names, since others may prune the first."""
+    record, folder = _check_local(run, ref), _own_folder(run, ref, alone=True)
+    for name in record["files"]:
+        copy_local(local_folder(run) / ref.name / name, folder / name, link=True)
+    return Loaded(ref, folder, record["state"], local=True)
+
+
+def _check_local(run: Run, ref: CheckpointRef) -> dict[str, Any]:
     folder = local_folder(run) / ref.name
     try:
         record = check_record(json.loads((folder / COMPLETE).read_bytes()), str(folder / COMPLETE))
@@ -131,11 +155,10 @@ def _open_local(run: Run, ref: CheckpointRef) -> Loaded:
     due = int(record["state"]["ledger"]["records"])
     if (have := sum(1 for _ in read_journal(run, ref.attempt))) < due:
         raise DamagedError(f"{run.root.url} has {have} of the {due} records that it covers.")
-    return Loaded(ref, folder, record["state"], local=True)
+    return record
 
 
-def _download(run: Run, ref: CheckpointRef) -> Loaded:
-    folder = _resume_folder(run) / ref.name
+def _download(run: Run, ref: CheckpointRef, folder: Path) -> Loaded:
     path = run.path(ref.folder, COMPLETE)
     try:
         record = check_record(run.root.read_json(path), f"{path} in {run.root.url}")

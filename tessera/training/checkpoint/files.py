@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from tessera.errors import DamagedError, StoreError
+from tessera.errors import DamagedError, InputError, StoreError
 from tessera.runs import CheckpointRef, Run, furthest_first
 from tessera.storage import (
     cache_folder,
@@ -38,6 +38,7 @@ COMPLETE = "COMPLETE"
 FORMAT = "tessera-checkpoint-2"
 WRITERS = 8
 """Files, and threads writing them: one thread does not fill a fast disk."""
+_WRITER = "_write_files_from_queue"  # in the names of torch's writer threads
 
 Entries = dict[str, dict[str, Any]]
 
@@ -82,7 +83,7 @@ def write_tensors(
             writer = FileSystemWriter(folder, thread_count=WRITERS)
             dcp_save(dict(tensors), storage_writer=writer, process_group=group, no_dist=not group)
         if errors:
-            raise errors[0]
+            raise first_cause(errors[0])
         if rank == 0:
             require_all_tensors(folder)
         own = sorted(folder.glob(f"__{rank}_*"))
@@ -98,13 +99,15 @@ def write_tensors(
 
 @contextmanager
 def _errors_of_writers() -> Iterator[list[BaseException]]:
-    """What torch's writer threads die of: it joins them and does not ask how they ended."""
+    """What torch's writer threads die of: it does not ask how they ended.
+
+    Nor does it wait for them when its own part has failed, so that is done here.
+    """
     errors: list[BaseException] = []
     plain = threading.excepthook
 
     def collect(about: threading.ExceptHookArgs) -> None:
-        name = about.thread.name if about.thread else ""
-        if "_write_files_from_queue" in name and isinstance(about.exc_value, OSError):
+        if about.thread and _WRITER in about.thread.name and about.exc_value is not None:
             errors.append(about.exc_value)
         else:
             plain(about)
@@ -113,6 +116,9 @@ def _errors_of_writers() -> Iterator[list[BaseException]]:
     try:
         yield errors
     finally:
+        for thread in threading.enumerate():
+            if _WRITER in thread.name:
+                thread.join()
         threading.excepthook = plain
 
 
@@ -149,15 +155,19 @@ def seal(
 
 
 def check_record(record: Any, where: str) -> dict[str, Any]:
-    """``record`` if it is what ``seal`` made; a ``DamagedError`` that names ``where`` if not."""
+    """``record`` if it is what ``seal`` made; a ``DamagedError`` that names ``where`` if not.
+
+    A whole one of another version is no damage but an ``InputError``: to pass it over would throw
+    away what that version has done.
+    """
     fields = dict(record) if isinstance(record, dict) else {}
     said = fields.pop("sha256", None)
     if said is None or said != sha256_bytes(canonical_json(fields)):
         raise DamagedError(f"{where} differs from its own digest; it is damaged.")
     if fields.get("format") != FORMAT:
-        raise DamagedError(
+        raise InputError(
             f"{where} is of format {fields.get('format')!r}, this version of tessera reads "
-            f"{FORMAT!r}; use the version that wrote it."
+            f"{FORMAT!r}; use the version that wrote it, or start another run with --new."
         )
     return fields
 
@@ -195,8 +205,13 @@ def drop_local(run: Run, ref: CheckpointRef) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def first_cause(error: OSError | CheckpointException) -> BaseException:
-    """What went wrong inside of torch, which wraps even a full disk (in no ``Exception``)."""
+def first_cause(error: BaseException) -> BaseException:
+    """What the disk said: torch wraps it (in no ``Exception``), and its archive writer, which then
+    finds the file too short, covers it with an error of its own.
+    """
     if isinstance(error, CheckpointException):
-        return next(iter(error.failures.values()))[0]
-    return error
+        error = next(iter(error.failures.values()))[0]
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return cause or error

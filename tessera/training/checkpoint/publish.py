@@ -6,7 +6,6 @@ whether another attempt took over, then ``COMPLETE``; after that what is no long
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
 from tessera.errors import StoreError, SupersededError
@@ -34,7 +33,13 @@ def upload_files(run: Run, saved: Saved, go_on: Callable[[], bool]) -> int:
     for name in saved.own:
         if not go_on():
             return -1
-        run.root.put_file(saved.folder / name, run.path(saved.ref.folder, name), link=True)
+        try:
+            run.root.put_file(saved.folder / name, run.path(saved.ref.folder, name), link=True)
+        except FileNotFoundError as error:
+            raise StoreError(
+                f"{saved.folder} went before it was in {run.root.url}: another attempt of run "
+                f"{run.id} uses this disk; stop one of them."
+            ) from error
         sent += int(saved.record["files"][name]["bytes"])
     return sent
 
@@ -57,10 +62,16 @@ def tidy(run: Run, attempt: Attempt, newest: CheckpointRef, *, keep: int, every_
     Up to ``newest`` the ``keep`` newest checkpoints at multiples of ``every_steps`` stay, which a
     rollback may go back to; if there are fewer, the newest of the others too (a preemption saves at
     any step). With the rest go those that a rollback gave up and what earlier attempts left half
-    written. What is further than ``newest`` is not ours to judge.
+    written. What is further than ``newest`` is not ours to judge: an earlier attempt that lives may
+    be about to complete it. And an attempt that was taken over leaves all as it is: the later one
+    may have removed files of ``newest`` a moment before it became complete.
     """
+    if run.superseded_by(attempt):
+        return
     run.root.publish_json(run.path("latest.json"), {"step": newest.step, "attempt": newest.attempt})
-    counting, whole = run.checkpoints(), run.complete()
+    # In this order what becomes complete meanwhile is taken for neither half written nor given up.
+    present = run.root.children(run.path("checkpoints"))
+    whole, counting = run.complete(), run.checkpoints()
     ours = [ref for ref in counting if ref.step <= newest.step]
     regular = [ref for ref in ours if ref.step % every_steps == 0]
     others = [ref for ref in ours if ref not in regular]
@@ -70,10 +81,10 @@ def tidy(run: Run, attempt: Attempt, newest: CheckpointRef, *, keep: int, every_
             run.root.delete(run.path(ref.folder, COMPLETE))  # first it stops counting
             run.root.delete_tree(run.path(ref.folder))
     names = {ref.name for ref in whole}
-    for name in run.root.children(run.path("checkpoints")):
-        match = re.fullmatch(r"step-\d+-(\d+)-[0-9a-f]+", name)
-        if match and name not in names and int(match[1]) < attempt.number:
-            run.root.delete_tree(run.path("checkpoints", name))
+    for half in map(CheckpointRef.parse, present):
+        earlier = half is not None and half.number < attempt.number and half.step <= newest.step
+        if half and earlier and half.name not in names:
+            run.root.delete_tree(run.path(half.folder))
 
 
 def try_tidy(

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tessera.errors import StoreError, SupersededError, TesseraError
 from tessera.experiment import Checkpoint
+from tessera.ledger.traffic import UP_BYTES, checkpoint_sentence
 from tessera.runs import Attempt, CheckpointRef, Run
 from tessera.tracking.journal import Journal
 from tessera.training.checkpoint.fetch import Loaded
@@ -42,6 +43,9 @@ from tessera.training.checkpoint.publish import (
 from tessera.training.checkpoint.staging import HostCopy
 from tessera.training.parallel import World
 
+WORTH_SAYING_S = 1.0
+"""A checkpoint that was in the root faster than this needs no line."""
+
 
 class Saver:
     """Saves and publishes the states that the loop hands over."""
@@ -55,8 +59,13 @@ class Saver:
         settings: Checkpoint,
         say: Callable[[str], None],
         loaded: Loaded | None = None,
+        bill_traffic: Callable[[int], float] | None = None,
     ) -> None:
-        """``loaded`` is the checkpoint that the attempt continues from; ``say`` tells a person."""
+        """``loaded`` is the checkpoint that the attempt continues from; ``say`` tells a person.
+
+        ``bill_traffic`` adds uploaded bytes to the bill and returns their dollars.
+        """
+        self._bill_traffic = bill_traffic
         self._run, self._attempt, self._journal, self._world = run, attempt, journal, world
         self._settings, self._say = settings, say
         self._host = HostCopy(world.device)
@@ -283,13 +292,16 @@ class Saver:
         self.root_step = max(self.root_step, saved.ref.step)
 
     def _seal_published(self, saved: Saved, sent: int, began: float) -> None:
+        step, usd = saved.ref.step, 0.0
+        if not self._run.root.is_local:  # before COMPLETE: its flush brings the bill to the root
+            self._journal.metric(UP_BYTES, sent, step)
+            usd = self._bill_traffic(sent) if self._bill_traffic else 0.0
         complete_checkpoint(self._run, self._attempt, self._journal, saved)
         seconds = max(time.monotonic() - began, 1e-6)
         self._bytes_per_s = sent / seconds
-        step = saved.ref.step
         self._journal.metric("checkpoint/upload_s", seconds, step)
-        if not self._run.root.is_local:
-            self._journal.metric("traffic/up_bytes", sent, step)
+        if seconds > WORTH_SAYING_S:
+            self._say(checkpoint_sentence(step=step, sent=sent, seconds=seconds, usd=usd))
         keep, every = self._settings.keep, self._settings.every_steps
         try_tidy(self._run, self._attempt, self._journal, saved.ref, keep, every)
 

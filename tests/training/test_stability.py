@@ -1,0 +1,277 @@
+"""Steps that are not applied: judged by the rule, recorded, and the same after any kill."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tessera.experiment import Stability
+from tessera.training.loop import Loop
+from tessera.training.stability import LEAST_SPREAD, GoBackError, Skips, Verdict, Watch
+from tests.training.conftest import assert_as_if_undisturbed
+from tests.training.disturb import CALM, PER_STEP, Disturbance, at
+
+if TYPE_CHECKING:
+    from tests.training.conftest import Bench, Whole
+
+CPU = torch.device("cpu")
+
+
+# -- the rule, against plain numpy -----------------------------------------------------------------
+
+
+class ByHand:
+    """The rule in a few lines of float64; ``near`` is true where rounding could decide."""
+
+    def __init__(self, window: int, sigma: float) -> None:
+        self.window, self.sigma = window, sigma
+        self.kept: list[tuple[float, float]] = []
+
+    def judge(self, loss: float, norm: float) -> tuple[bool, bool]:
+        bad, near = not (math.isfinite(loss) and math.isfinite(norm)), False
+        if not bad and len(self.kept) >= self.window // 2:
+            for value, past in zip((loss, norm), zip(*self.kept, strict=True), strict=True):
+                recent = np.array(past[-self.window :])
+                spread = recent.std(ddof=1) if len(recent) > 1 else 0.0
+                ceiling = recent.mean() + self.sigma * max(spread, LEAST_SPREAD * recent.mean())
+                bad |= bool(value > ceiling)
+                near |= abs(value - ceiling) < 1e-4 * ceiling
+        return bad, near
+
+    def keep(self, loss: float, norm: float) -> None:
+        self.kept.append((loss, norm))
+
+
+ordinary = st.floats(0.5, 6.0, width=32)
+odd = st.one_of(
+    st.sampled_from([math.nan, math.inf, -math.inf]), st.floats(5.0, 1e4, width=32), ordinary
+)
+step_figures = st.one_of(
+    st.tuples(ordinary, ordinary), st.tuples(ordinary, ordinary), st.tuples(odd, odd)
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    window=st.integers(4, 12),
+    sigma=st.sampled_from([1.0, 3.0, 6.0]),
+    figures=st.lists(step_figures, max_size=60),
+    split=st.integers(0, 60),
+)
+def test_the_watch_judges_by_the_rule(
+    window: int, sigma: float, figures: list[tuple[float, float]], split: int
+) -> None:
+    """Over several rounds of the window, and continued in another watch from its tensors."""
+    chosen = Stability(window=window, sigma=sigma)
+    watch, by_hand = Watch(chosen, CPU), ByHand(window, sigma)
+    read: list[Verdict] = []
+    for step, (loss, norm) in enumerate(figures, 1):
+        if step == split:
+            read += watch.read()
+            other = Watch(chosen, CPU)
+            for name, tensor in other.tensors().items():
+                tensor.copy_(watch.tensors()[name])
+            watch = other
+        bad, near = by_hand.judge(loss, norm)
+        said = watch.judge(step, torch.tensor(loss), torch.tensor(norm))
+        assert said.dtype == torch.float32
+        assert float(said) == float(bad) or near
+        if float(said) == 0.0:
+            by_hand.keep(loss, norm)
+    read += watch.read()
+    assert watch.read() == []
+    assert [verdict.step for verdict in read] == list(range(1, len(figures) + 1))
+    assert sum(verdict.applied for verdict in read) == len(by_hand.kept)
+    for verdict, (loss, norm) in zip(read, figures, strict=True):
+        np.testing.assert_equal((verdict.loss, verdict.norm), (loss, norm))
+
+
+def test_only_numbers_that_are_not_finite_count_until_half_a_window_was_applied() -> None:
+    watch = Watch(Stability(window=8, sigma=6.0), CPU)
+
+    def bad(loss: float) -> bool:
+        return bool(watch.judge(1, torch.tensor(loss), torch.tensor(1.0)))
+
+    assert [bad(loss) for loss in (3.0, 900.0, math.nan, 3.0)] == [False, False, True, False]
+    watch = Watch(Stability(window=8, sigma=6.0), CPU)
+    assert not any(bad(3.0) for _ in range(3))
+    assert not bad(3.1), "the fourth applied step still has only three behind it"
+    assert bad(900.0)
+    assert bad(math.inf)
+
+
+def test_the_window_forgets_what_is_older() -> None:
+    """A loss of 9 is no spike while others of 9 are in the window, and one when they have left."""
+    watch, one, nine = Watch(Stability(window=8, sigma=6.0), CPU), torch.tensor(1.0), 9.0
+    for loss in (nine, 1.0, nine, 1.0, *[1.0] * 7):
+        assert float(watch.judge(1, torch.tensor(loss), one)) == 0.0
+    assert float(watch.judge(1, torch.tensor(nine), one)) == 1.0
+    watch = Watch(Stability(window=8, sigma=6.0), CPU)
+    for loss in (nine, 1.0, nine, 1.0, *[1.0] * 4):
+        watch.judge(1, torch.tensor(loss), one)
+    assert float(watch.judge(1, torch.tensor(nine), one)) == 0.0
+
+
+def test_a_flat_loss_does_not_spike_by_rounding() -> None:
+    watch = Watch(Stability(window=8, sigma=6.0), CPU)
+    for _ in range(8):
+        assert float(watch.judge(1, torch.tensor(3.0), torch.tensor(1.0))) == 0.0
+    assert float(watch.judge(1, torch.tensor(3.0 * 1.061), torch.tensor(1.0))) == 1.0
+    assert float(watch.judge(1, torch.tensor(3.0 * 1.059), torch.tensor(1.0))) == 0.0
+
+
+# -- which samples ---------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(
+    per_step=st.integers(1, 16),
+    blocks=st.lists(st.tuples(st.integers(0, 60), st.integers(1, 9)), max_size=6),
+)
+def test_no_sample_is_read_twice_and_none_that_is_left_out(
+    per_step: int, blocks: list[tuple[int, int]]
+) -> None:
+    ranges = [(a * per_step, (a + n) * per_step) for a, n in blocks]
+    skips = Skips(Stability(), per_step)
+    for one in ranges:  # one after the other, as rollbacks come
+        skips.exclude([one])
+    together = Skips(Stability(), per_step)
+    together.exclude(ranges)
+    assert skips.excluded == together.excluded
+    left_out = {sample for first, end in ranges for sample in range(first, end)}
+    firsts = [skips.first_sample(step) for step in range(80)]
+    read = [first + place for first in firsts for place in range(per_step)]
+    assert firsts == sorted(firsts)
+    assert read == [n for n in range(read[-1] + 1) if n not in left_out], "all others, in order"
+    restored = Skips(Stability(), per_step)
+    restored.restore(json.loads(json.dumps(skips.state())))
+    assert [restored.first_sample(step) for step in range(80)] == firsts
+
+
+@given(bad=st.sets(st.integers(1, 60)), every=st.integers(1, 12), allowed=st.integers(0, 5))
+def test_it_goes_back_when_more_than_so_many_of_a_window_failed(
+    bad: set[int], every: int, allowed: int
+) -> None:
+    window = 10
+    skips = Skips(Stability(window=window, max_skips=allowed), PER_STEP)
+    for done in range(1, 61):
+        if done in bad:
+            assert skips.note(Verdict(done, False, math.nan, 1.0)) == (
+                (done - 1) * PER_STEP, done * PER_STEP,
+            )  # fmt: skip
+        if done % every:
+            continue
+        failed = [step for step in bad if done - window < step <= done]
+        if len(failed) <= allowed:
+            skips.judge(done)
+            continue
+        with pytest.raises(GoBackError) as caught:
+            skips.judge(done)
+        assert caught.value.first_step == min(failed)
+        assert caught.value.excluded == ((min(failed) - 1) * PER_STEP, max(failed) * PER_STEP)
+        skips.exclude([caught.value.excluded])
+        skips.judge(done)  # what is left out is not counted again
+        return
+
+
+# -- a step that is not applied --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["nan", "spike"])
+def test_a_bad_step_changes_nothing_but_its_number(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    states: list[dict[str, Tensor]] = []
+
+    def look(loop: Loop) -> None:
+        states.append({name: tensor.clone() for name, tensor in loop._tensors().items()})
+
+    for step in (11, 12, 13):
+        bench.before_step(step, look, monkeypatch)
+    with Disturbance(**{kind: at(12)}).here():
+        result = bench.train(*CALM)
+    earlier, before, after = states
+    changed = [name for name in before if not before[name].equal(after[name])]
+    assert changed == [], "weights, moments, AdamW's count of steps, the window"
+    assert not before["model.norm.weight"].equal(earlier["model.norm.weight"])
+    assert float(after["optimizer.norm.weight.step"]) == 11.0
+
+    run = result.run
+    assert result.text == "Finished all 30 steps. 1 of them were not applied."
+    (event,) = bench.events(run, "stability/skipped")
+    found = (event.step, event.value["first_sample"], event.value["end_sample"])
+    assert found == (12, 88, 96)
+    assert (event.value["loss"] == "NaN") == (kind == "nan")
+    assert bench.points(run, "train/skipped_steps") == dict.fromkeys(range(12, 31, 3), 1.0)
+    for ref in run.checkpoints():
+        record = bench.root.read_json(run.path(ref.folder, "COMPLETE"))
+        assert record["state"]["samples"]["skipped"] == [[88, 96]]
+    losses = bench.points(run)
+    assert list(losses) == list(range(3, 31, 3))
+    assert all(math.isfinite(loss) for loss in losses.values())
+
+
+def test_the_mean_at_a_log_point_is_over_the_steps_that_were_applied(bench: Bench) -> None:
+    each = bench.points(bench.train(*CALM, "log_every_steps=1").run)
+    with Disturbance(nan=at(12)).here():
+        found = bench.points(bench.train(*CALM, new=True).run)
+    assert found[12] == pytest.approx((each[10] + each[11]) / 2, rel=1e-6)
+    assert {step: found[step] for step in (3, 6, 9)} == {
+        step: pytest.approx(sum(each[n] for n in range(step - 2, step + 1)) / 3, rel=1e-6)
+        for step in (3, 6, 9)
+    }
+
+
+def test_a_log_point_with_no_applied_step_has_no_loss(bench: Bench) -> None:
+    with Disturbance(nan=at(10, 11)).here():
+        run = bench.train(*CALM, "log_every_steps=2", "checkpoint.every_steps=7").run
+    assert 12 in bench.points(run)
+    with Disturbance(nan=at(11, 12)).here():
+        run = bench.train(*CALM, "log_every_steps=2", new=True).run
+    assert 12 not in bench.points(run)
+    assert 12 in bench.points(run, "train/lr")
+
+
+SKIPPING = Disturbance(nan=at(10), spike=at(11), keep_up=True)
+
+
+@pytest.fixture(scope="module")
+def skipping(undisturbed: Callable[..., Whole]) -> Whole:
+    """The run whose steps 10, which a checkpoint follows, and 11 are not applied."""
+    with SKIPPING.here():
+        return undisturbed(*CALM)
+
+
+@pytest.mark.parametrize(
+    ("step", "resumed"),
+    [
+        (10, 5),  # before the bad steps
+        (11, 10),  # between two of them: the first is in the checkpoint, and not logged yet
+        (12, 10),  # before they are logged
+        (13, 10),  # after
+    ],
+)
+def test_killed_around_a_skipped_step_the_losses_are_the_same(
+    bench: Bench, skipping: Whole, step: int, resumed: int
+) -> None:
+    bench.die_then_finish(SKIPPING.but(die_before=step), *CALM)
+    assert bench.resumed(bench.only_run()) == [None, resumed]
+    assert_as_if_undisturbed(bench, skipping)
+
+
+def test_stopped_between_a_skipped_step_and_the_log_point(bench: Bench, skipping: Whole) -> None:
+    with SKIPPING.here():
+        bench.stop_before(12, *CALM)
+        assert bench.train(*CALM).exit_code == 0
+    assert_as_if_undisturbed(bench, skipping)
+    steps = {e.step for e in bench.events(bench.only_run(), "stability/skipped")}
+    assert steps == {10, 11}
