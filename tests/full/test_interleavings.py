@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import pytest
 
 from tests.full import schedules
-from tests.full.interleaving import Bucket, Case, Stage, Tally, Theatre, Variant
+from tests.full.interleaving import Case, Theatre, Variant
 from tests.full.lineages import Whole
 from tests.full.schedules import ONE, POISONED, TWO
+from tests.full.stage import Bucket, Stage, Tally
 from tests.services.stores import KINDS, Store, serve
 from tests.services.trainers import Forker
 from tests.training.conftest import write_corpus

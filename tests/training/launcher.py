@@ -38,7 +38,7 @@ def run(order: dict[str, Any]) -> int:
     return code
 
 
-attempt.peak_flops = lambda device, dtype: PEAK
+setattr(attempt, "peak_flops", lambda device, dtype: PEAK)  # noqa: B010 - mypy minds the other way
 for name in [name for name in os.environ if name.startswith("TESSERA_")]:
     del os.environ[name]
 for line in sys.stdin:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.full.interleaving import Case, Folder, Stage, Tally, Theatre
+from tests.full.interleaving import Case, Theatre
 from tests.full.lineages import Whole
 from tests.full.schedules import ONE, TWO, moves
+from tests.full.stage import Folder, Stage, Tally
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -248,10 +248,11 @@ def test_a_disk_that_fills_up_costs_a_checkpoint_and_not_the_run(
     bench: Bench, whole: Whole, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The journal is smaller than the limit, the files of a checkpoint are larger."""
-    full = files_no_larger_than(40_000)
-    bench.before_step(9, lambda _: full.__enter__(), monkeypatch)
-    bench.before_step(13, lambda _: full.__exit__(None, None, None), monkeypatch)
-    run = bench.train().run
+    with ExitStack() as full:
+        limit = files_no_larger_than(40_000)
+        bench.before_step(9, lambda _: full.enter_context(limit), monkeypatch)
+        bench.before_step(13, lambda _: full.close(), monkeypatch)
+        run = bench.train().run
     (failed,) = bench.events(run, "checkpoint/failed")
     assert failed.step == 10
     reason = failed.value["reason"]

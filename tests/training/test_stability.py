@@ -197,7 +197,8 @@ def test_a_bad_step_changes_nothing_but_its_number(
 
     for step in (11, 12, 13):
         bench.before_step(step, look, monkeypatch)
-    with Disturbance(**{kind: at(12)}).here():
+    bad = Disturbance(nan=at(12)) if kind == "nan" else Disturbance(spike=at(12))
+    with bad.here():
         result = bench.train(*CALM)
     earlier, before, after = states
     changed = [name for name in before if not before[name].equal(after[name])]
