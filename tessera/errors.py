@@ -22,6 +22,8 @@ class TesseraError(Exception):
     """Base of every deliberate error; its text is one sentence for a person."""
 
     exit_code = 1
+    told_elsewhere = False
+    """Whether another worker of the same training prints the sentence."""
 
 
 class InputError(TesseraError):

@@ -63,7 +63,8 @@ def run_command(command: click.Command, arguments: Sequence[str] | None = None) 
     except TesseraError as error:
         if os.environ.get("TESSERA_DEBUG"):
             raise
-        click.echo(f"Error: {error}", err=True)
+        if not error.told_elsewhere:
+            click.echo(f"Error: {error}", err=True)
         return error.exit_code
     except KeyboardInterrupt:
         click.echo("Stopped.", err=True)

@@ -26,9 +26,11 @@ leaves with 75. Workers are sessions of their own, so a Ctrl-C reaches them only
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import os
 import signal
+import sys
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -154,11 +156,17 @@ def launch(plan: Plan, argv: Sequence[str], *, grace_s: float = 25.0) -> int:
     from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.launcher.api import elastic_launch
 
+    # What a worker has to say it says itself; torch's logger would add its own report of the exit.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="tessera-launch-") as logs, _prepared(plan):
         try:
             elastic_launch(_config(plan, logs, grace_s), argv[0])(*argv[1:])
         except ChildFailedError as error:
             failures = [Failure(f.exitcode, f.timestamp) for f in error.failures.values()]
+            for rank, failure in error.failures.items():
+                if failure.exitcode < 0:  # it could not say anything any more
+                    name = signal.Signals(-failure.exitcode).name
+                    print(f"worker {rank} was ended by {name}", file=sys.stderr)
             return verdict(failures, plan.nodes)
         except (SignalException, _ToldError):
             return _RETRY

@@ -108,7 +108,7 @@ class World:
         if not self.is_main:
             outcome = pickle.loads(self.broadcast(None))
             if isinstance(outcome, _Failure):
-                raise outcome.error
+                raise _of_another(outcome.error)
             return cast("T", outcome)
         try:
             result = function()
@@ -118,6 +118,30 @@ class World:
             raise
         self.broadcast(packed)
         return result
+
+    def together(self, function: Callable[[], T]) -> T:
+        """Run ``function`` on every rank; if one raises a ``TesseraError``, all raise it."""
+        if self.size == 1:
+            return function()
+        result, failure = None, None
+        try:
+            result = function()
+        except TesseraError as error:
+            failure = error
+        said = self.gather(_portable(failure) if failure else None)
+        first = next((rank for rank, error in enumerate(said) if error is not None), None)
+        if first is None:
+            return cast("T", result)
+        if failure is not None and first == self.rank:
+            raise failure
+        raise _of_another(cast("Exception", said[first]))
+
+
+def _of_another(error: Exception) -> Exception:
+    """An error that the rank it came from tells."""
+    if isinstance(error, TesseraError):
+        error.told_elsewhere = True
+    return error
 
 
 @dataclass(frozen=True)

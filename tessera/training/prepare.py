@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,28 +45,15 @@ def prepare(
     # The run's identity holds what `auto` came to: half a run in bf16 and half in float32 is none.
     resolved = "bf16" if dtype == torch.bfloat16 else "float32"
     experiment = experiment.model_copy(update={"precision": resolved})
-    program: Program
-    base_record: dict[str, str] | None = None
-    if isinstance(experiment, Pretrain):
-        manifest = resolve(root, experiment.data.corpus, experiment.data.fingerprint)
-        program = PretrainProgram(experiment, root, manifest, world, dtype)
-        fingerprint = manifest.fingerprint
-        data: dict[str, Any] = {"manifest": manifest.path}
-    else:
-        base = load_base(find_run(root, experiment.base, kind="pretrain"), torch.device("cpu"))
-        fingerprint = _sft_fingerprint(experiment, base.tokenizer.sha256)
-        base_record = {"run_id": base.run_id, "weights_digest": base.digest}
-        program = SftProgram(experiment, base, fingerprint, world, dtype)
-        files = list(experiment.data.conversations)
-        data = {"conversations": files, "steps": program.steps, "truncated": program.truncated}
+    built = world.together(partial(_build, experiment, root, world, dtype))
 
     def record() -> tuple[RunRecord, bool]:
         run, created = create_or_open(
             root,
             experiment,
-            fingerprint=fingerprint,
-            data=data,
-            base=base_record,
+            fingerprint=built.fingerprint,
+            data=built.data,
+            base=built.base,
             run_id=run_id,
             new=new,
             commit=code_commit(),
@@ -73,11 +61,35 @@ def prepare(
         return run.record, created
 
     run_record, created = world.run_on_main(record)
+    program = built.program
     if compiles(program):
         for block in program.model.blocks:
             block.compile()
     program.model.train()
     return Prepared(experiment, Run(root, run_record), created, program)
+
+
+@dataclass(frozen=True)
+class _Built:
+    """A program and what its run records of the data; ``base`` of a fine-tuning alone."""
+
+    program: Program
+    fingerprint: str
+    data: dict[str, Any]
+    base: dict[str, str] | None = None
+
+
+def _build(experiment: Experiment, root: Root, world: World, dtype: torch.dtype) -> _Built:
+    if isinstance(experiment, Pretrain):
+        manifest = resolve(root, experiment.data.corpus, experiment.data.fingerprint)
+        pretrain = PretrainProgram(experiment, root, manifest, world, dtype)
+        return _Built(pretrain, manifest.fingerprint, {"manifest": manifest.path})
+    base = load_base(find_run(root, experiment.base, kind="pretrain"), torch.device("cpu"))
+    fingerprint = _sft_fingerprint(experiment, base.tokenizer.sha256)
+    sft = SftProgram(experiment, base, fingerprint, world, dtype)
+    files = list(experiment.data.conversations)
+    data = {"conversations": files, "steps": sft.steps, "truncated": sft.truncated}
+    return _Built(sft, fingerprint, data, {"run_id": base.run_id, "weights_digest": base.digest})
 
 
 def _sft_fingerprint(experiment: Sft, tokenizer_sha256: str) -> str:
