@@ -180,6 +180,12 @@ class RunRecord:
     base: dict[str, str] | None = None
 
 
+def first_done(endings: Mapping[str, Ending]) -> tuple[str, Ending] | None:
+    """The earliest ending that completed a run, with its attempt's id."""
+    done = [(name, e) for name, e in endings.items() if e.outcome in OUTCOMES_DONE]
+    return min(done, key=lambda item: (item[1].ended_at, item[0]), default=None)
+
+
 def furthest_first(ref: CheckpointRef) -> tuple[int, int, str]:
     """Sorting key: the furthest step, then the latest attempt, then the smaller token."""
     return -ref.step, -ref.number, ref.attempt
@@ -266,8 +272,18 @@ class Run:
 
     def finished(self) -> Ending | None:
         """The ending that completed the run, if one did."""
-        done = [e for e in self.endings().values() if e.outcome in OUTCOMES_DONE]
-        return min(done, key=lambda e: e.ended_at) if done else None
+        found = first_done(self.endings())
+        return found[1] if found else None
+
+    def finished_by(self) -> str | None:
+        """Id of the attempt that completed the run, if one did."""
+        found = first_done(self.endings())
+        return found[0] if found else None
+
+    @property
+    def identity(self) -> str:
+        """``identity_hash`` of what the run was created with."""
+        return identity_hash(self.record.identity, self.record.fingerprint)
 
     # -- checkpoints and lineage -----------------------------------------------------------------
 
@@ -311,10 +327,9 @@ class Run:
         that the lineage needs is missing.
         """
         attempts = {attempt.id: attempt for attempt in self.attempts()}
-        done = [(n, e) for n, e in self.endings().items() if e.outcome in OUTCOMES_DONE]
-        if done:
-            tip = min(done, key=lambda item: item[1].ended_at)
-            name, upto = tip[0], tip[1].step
+        done = first_done(self.endings())
+        if done is not None:
+            name, upto = done[0], done[1].step
         elif (checkpoint := self.furthest()) is not None:
             name, upto = checkpoint.attempt, checkpoint.step
         else:

@@ -114,16 +114,32 @@ def load_base(run: Run, device: torch.device | None = None) -> Base:
     digest stands beside them.
     """
     root = run.root
-    if not root.exists(run.path("model", SIDECAR)):
+    sidecar = published_model(run)
+    if sidecar is None:
         raise InputError(
             f"Run {run.id} has not published a model yet; finish it with `tessera train` first."
         )
     shape = _shape(root, run.path("model", "config.json"))
-    digest = read_text(root, run.path("model", SIDECAR), "weights_digest")
+    digest = read_text(root, sidecar, "weights_digest")
+    file = read_text(root, sidecar, "file")
     tokenizer = Tokenizer.from_bytes(root.read_bytes(run.path("model", "tokenizer.json")))
-    state = _tensors(root, run.path("model", "model.safetensors"), digest)
+    state = _tensors(root, run.path("model", file), digest)
     model = _model(shape, state, f"{run.path('model', 'config.json')} in {root.url}")
     return Base(run.id, model.to(device or best_device()).eval(), tokenizer, digest)
+
+
+def published_model(run: Run) -> str | None:
+    """Path of the sidecar that says which model the run published; None if there is none yet.
+
+    That of the attempt that finished the run, so that another one, overtaken while it published,
+    cannot change what the run is.
+    """
+    done = run.finished_by()
+    own = run.path("model", f"{done}.json")
+    if done is not None and run.root.exists(own):
+        return own
+    path = run.path("model", SIDECAR)
+    return path if run.root.exists(path) else None
 
 
 def find_base(root: Root, digest: str) -> Run:
@@ -131,9 +147,9 @@ def find_base(root: Root, digest: str) -> Run:
     runs, damaged = scan_runs(root)
     errors = list(damaged.values())
     for run in runs:
-        path = run.path("model", SIDECAR)
         try:
-            if root.exists(path) and read_text(root, path, "weights_digest") == digest:
+            path = published_model(run)
+            if path is not None and read_text(root, path, "weights_digest") == digest:
                 return run
         except DamagedError as error:
             errors.append(error)

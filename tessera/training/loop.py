@@ -315,7 +315,7 @@ class Loop:
 
             def publish() -> tuple[str, dict[str, Any]]:
                 guard_publication(self._s.run, self._s.attempt)
-                return self._program.publish(self._s.run, self.done, weights)
+                return self._program.publish(self._s.run, self._s.attempt, self.done, weights)
 
             key, details = self._s.world.run_on_main(publish)
         self._s.journal.event(key, self.done, **details)
@@ -342,6 +342,7 @@ class Loop:
         return {
             "tokens": self.tokens,
             "fingerprint": self._s.run.record.fingerprint,
+            "identity": self._s.run.identity,
             "interval": {
                 "loss": float(self._interval.loss), "applied": float(self._interval.applied),
             },

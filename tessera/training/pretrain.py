@@ -14,7 +14,7 @@ from tessera.evaluation.fixed import Scorer, evaluate_fixed, fixed_windows
 from tessera.experiment import Experiment, Model, Pretrain
 from tessera.model.protogpt import ProtoGPT
 from tessera.model.shape import ModelShape, flops_per_token, training_memory
-from tessera.runs import Run
+from tessera.runs import Attempt, Run
 from tessera.storage import Root
 from tessera.training.loader import SampleLoader, ShardStore, evaluation_tokens
 from tessera.training.parallel import World
@@ -120,10 +120,10 @@ class PretrainProgram(Program):
         return done == self.steps
 
     def publish(
-        self, run: Run, done: int, weights: dict[str, Tensor]
+        self, run: Run, attempt: Attempt, done: int, weights: dict[str, Tensor]
     ) -> tuple[str, dict[str, Any]]:
         """``model/`` and its weights digest."""
-        digest = publish_model(run, self.model.shape, weights, self.tokenizer)
+        digest = publish_model(run, self.model.shape, weights, self.tokenizer, attempt)
         return "model/published", {"weights_digest": digest}
 
     def estimate_bytes(self, size: int) -> int:

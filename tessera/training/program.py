@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tessera.evaluation.fixed import Scorer
 from tessera.experiment import Experiment
 from tessera.model.protogpt import ProtoGPT
-from tessera.runs import Run
+from tessera.runs import Attempt, Run
 from tessera.training.parallel import World
 
 
@@ -75,7 +75,7 @@ class Program(ABC):
 
     @abstractmethod
     def publish(
-        self, run: Run, done: int, weights: dict[str, Tensor]
+        self, run: Run, attempt: Attempt, done: int, weights: dict[str, Tensor]
     ) -> tuple[str, dict[str, Any]]:
         """Publish it; returns the key and the details of its journal event.
 

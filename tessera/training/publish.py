@@ -1,7 +1,10 @@
 """What a run leaves for others: ``model/`` and ``adapters/<name>/``, each with its weights digest.
 
 The sidecar ``weights.json`` is written last and readers check the tensors against it, so half a
-publication, or one mixed from two attempts, is never taken for a model.
+publication is never taken for a model. Two attempts may publish a model at once, and on a GPU
+theirs differ in the last bits. So the tensors' file is named by their digest, each attempt has a
+sidecar of its own, and the one of the attempt that finished the run decides (``published_model``);
+``model/weights.json`` is the same for whoever looks before that.
 """
 
 from __future__ import annotations
@@ -19,18 +22,31 @@ from tessera.model.digest import weights_digest
 from tessera.model.lora import lora_state, peft_config
 from tessera.model.protogpt import ProtoGPT
 from tessera.model.shape import ModelShape
-from tessera.runs import Run
+from tessera.runs import Attempt, Run
+from tessera.training.checkpoint.publish import guard_publication
 
 
 def publish_model(
-    run: Run, shape: ModelShape, state: dict[str, Tensor], tokenizer: Tokenizer
+    run: Run,
+    shape: ModelShape,
+    state: dict[str, Tensor],
+    tokenizer: Tokenizer,
+    attempt: Attempt | None = None,
 ) -> str:
-    """Write ``model/``: weights (float32, CPU), sizes, tokenizer, digest; returns the digest."""
+    """Write ``model/``: weights (float32, CPU), sizes, tokenizer, digest; returns the digest.
+
+    Raises ``SupersededError`` if another attempt took over before the sidecar was written.
+    """
     digest = weights_digest(state)
-    _put_tensors(run, "model/model.safetensors", state)
+    file = f"model-{digest[:16]}.safetensors"
+    _put_tensors(run, f"model/{file}", state)
     run.root.publish_json(run.path("model/config.json"), shape_to_json(shape))
     run.root.publish(run.path("model/tokenizer.json"), tokenizer.to_bytes())
-    run.root.publish_json(run.path("model", SIDECAR), {"weights_digest": digest})
+    sidecar = {"weights_digest": digest, "file": file}
+    if attempt is not None:
+        guard_publication(run, attempt)
+        run.root.publish_json(run.path("model", f"{attempt.id}.json"), sidecar)
+    run.root.publish_json(run.path("model", SIDECAR), sidecar)
     return digest
 
 

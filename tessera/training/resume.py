@@ -93,6 +93,7 @@ def decide_rollback(
     before the last bad step, and ``SupersededError`` if another attempt took over.
     """
     guard_publication(run, attempt)  # a record now would give up what the other one works on
+    guard_publication(run, attempt)
     target = target_of(run, cause, every_steps)
     first, end = cause.excluded
     if target is not None and skips.first_sample(target.step) >= end:

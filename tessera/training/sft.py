@@ -19,7 +19,7 @@ from tessera.experiment import Sft
 from tessera.model.lora import add_lora
 from tessera.model.loss import IGNORE
 from tessera.model.shape import flops_per_token, parameters, training_memory
-from tessera.runs import Run
+from tessera.runs import Attempt, Run
 from tessera.training.order import derive_key, permute
 from tessera.training.parallel import World
 from tessera.training.program import Program, StepBatch
@@ -181,7 +181,7 @@ class SftProgram(Program):
         return done > 0 and done % self.steps_per_epoch == 0
 
     def publish(
-        self, run: Run, done: int, weights: dict[str, Tensor]
+        self, run: Run, attempt: Attempt, done: int, weights: dict[str, Tensor]
     ) -> tuple[str, dict[str, Any]]:
         """``adapters/ep1``, ``ep2``, ..."""
         name = f"ep{done // self.steps_per_epoch}"

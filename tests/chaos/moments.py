@@ -62,7 +62,7 @@ MOMENTS = (
     ),
 )
 AT_THE_END = (
-    Moment("model being published", _at("begin", "PUT", r"/model/model\.safetensors$"), 0.01),
+    Moment("model being published", _at("begin", "PUT", r"/model/model-[^/]*\.safetensors$"), 0.01),
     Moment("model just published", _at("end", "PUT", r"/model/weights\.json$"), 0.0),
     Moment("ending being recorded", _at("begin", "PUT", r"/attempts/.*\.end\.json$"), 0.0),
 )

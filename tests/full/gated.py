@@ -146,9 +146,11 @@ def settle(tokens: str, nudge: float, poisoned: tuple[int, ...]) -> None:
         saver.finish()
         return taken
 
-    def publish_nudged(program: Any, run: Any, done: int, weights: dict[str, Any]) -> Any:
+    def publish_nudged(
+        program: Any, run: Any, attempt: Any, done: int, weights: dict[str, Any]
+    ) -> Any:
         moved = {name: tensor + nudge for name, tensor in weights.items()}
-        return publish(program, run, done, moved)
+        return publish(program, run, attempt, done, moved)
 
     patch(Saver, "save", save_and_wait)
     if nudge:
@@ -216,6 +218,9 @@ def main() -> None:
 
     import tessera.cli._exp_view
     import tessera.cli.attempts
+    import tessera.cli.common
+    import tessera.cli.exp
+    import tessera.cli.main
     import tessera.cloud.machine
     import tessera.training.session  # noqa: F401 - what takes the seconds
 

@@ -177,9 +177,15 @@ class Snapshot:
 
     def whole(self) -> Whole:
         """What this run came to."""
-        tensors = self._files["model/model.safetensors"]
-        digest = self._json("model/weights.json")["weights_digest"]
-        return Whole(self.points(), hashlib.sha256(tensors).hexdigest(), digest)
+        sidecar = self._sidecar()
+        tensors = self._files[f"model/{sidecar['file']}"]
+        return Whole(self.points(), hashlib.sha256(tensors).hexdigest(), sidecar["weights_digest"])
+
+    def _sidecar(self) -> dict[str, Any]:
+        """What the attempt that the run stands on says of the model, else who spoke last."""
+        own = f"model/{self.tip[0]}.json" if self.tip else ""
+        found: dict[str, Any] = self._json(own if own in self._files else "model/weights.json")
+        return found
 
     def differs_from(self, whole: Whole) -> list[str]:
         """What the surviving lineage holds and should not, or the other way round."""
@@ -198,9 +204,10 @@ class Snapshot:
 
     def model_problems(self) -> list[str]:
         """Whether ``model/`` is of one attempt, and of the one that the run stands on."""
-        said = self._json("model/weights.json")["weights_digest"]
+        sidecar = self._sidecar()
+        said = sidecar["weights_digest"]
         problems = []
-        if weights_digest(load(self._files["model/model.safetensors"])) != said:
+        if weights_digest(load(self._files[f"model/{sidecar['file']}"])) != said:
             problems.append("the tensors of model/ are not those of its digest")
         if self.tip:
             own = [

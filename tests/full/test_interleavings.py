@@ -103,11 +103,6 @@ def test_a_sample_of_all_interleavings(stages: Stages) -> None:
     assert not tally.problems, "\n".join(tally.problems)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="model/ is one folder for all attempts: one that was taken over after its last look "
-    "overwrites what the attempt that finished the run published",
-)
 @pytest.mark.parametrize("text", schedules.NUDGED)
 def test_the_model_is_the_one_of_the_attempt_that_finished(stages: Stages, text: str) -> None:
     """Weights that differ in their last bits, as two GPUs would make them."""

@@ -362,6 +362,10 @@ class Bench:
         """The published weights digest."""
         return str(self.root.read_json(run.path(folder, "weights.json"))["weights_digest"])
 
+    def model_file(self, run: Run) -> str:
+        """Path of the published tensors."""
+        return run.path("model", str(self.root.read_json(run.path("model/weights.json"))["file"]))
+
     def last_ending(self, run: Run) -> Ending:
         """How the latest attempt says that it ended."""
         return run.endings()[run.attempts()[-1].id]

@@ -83,7 +83,7 @@ def test_a_checkpoint_that_a_living_attempt_dropped_is_not_called_damaged(
     bench.crash(17)
     bench.forget_local()
     run = bench.only_run()
-    check = fetch.check_record
+    check = fetch.check_record  # type: ignore[attr-defined]
 
     def dropped(record: Any, where: str) -> dict[str, Any]:
         if "/step-15-" in where:  # between listing and fetching, another attempt's retention ran

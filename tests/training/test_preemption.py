@@ -139,9 +139,12 @@ def test_a_store_that_hangs_takes_the_grace_period_and_no_more(
     process = bench.start(*as_options(*SLOW, "preemption.grace_s=4"))
     bench.until(process, spooled(bench, "train/loss"))
     store.hold(".")
+    told_at = time.time()
     done, took = told_to_go(process)
     assert done.code == 75
     assert 3.9 < took < 9.0
+    (complete,) = bench.cache.glob("checkpoints/*/*/step-*/COMPLETE")
+    assert complete.stat().st_mtime - told_at < 2.5, "the disk does not wait for the store"
     assert "the grace period is over: leaving now" in done.err
     (kept,) = local(bench)
     step = int(kept.split("-")[1])

@@ -110,6 +110,15 @@ def test_a_preemption_changes_nothing_about_going_back(
     assert_as_if_undisturbed(bench, rolled)
 
 
+def test_it_goes_back_to_a_regular_checkpoint_and_not_to_one_of_a_preemption(bench: Bench) -> None:
+    """Else where a run goes back to would depend on when a machine was taken away."""
+    with Disturbance(nan=at(13, 14, 15)).here():
+        bench.stop_before(12, *CALM)
+        run = bench.train(*CALM).run
+    assert bench.resumed(run) == [None, 12, 10]
+    assert [rollback.excluded for rollback in run.rollbacks()] == [((96, 120),)]
+
+
 def test_the_second_time_it_has_diverged(bench: Bench, capfd: pytest.CaptureFixture[str]) -> None:
     # After going back, step 11 reads sample 104 and step 13 reads 120.
     with BREAKING.but(spike=(*BREAKING.spike, 120, 128, 136)).here():

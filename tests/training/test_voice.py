@@ -175,7 +175,7 @@ def test_another_base_under_the_same_name_is_refused(
 
 
 def test_a_base_that_is_damaged_is_refused(based: Bench, capfd: pytest.CaptureFixture[str]) -> None:
-    file = Path(based.root.base) / based.only_run().path("model/model.safetensors")
+    file = Path(based.root.base) / based.model_file(based.only_run())
 
     def flip(data: bytearray) -> None:
         data[-3] ^= 1
@@ -260,7 +260,7 @@ def test_weights_fetched_from_a_store_are_kept_and_fetched_again_if_damaged(
     monkeypatch.setattr(type(run.root), "get_file", get_file)
     for _ in range(2):
         assert isinstance(load_base(run, torch.device("cpu")).model, ProtoGPT)
-    assert fetched == [run.path("model/model.safetensors")]
+    assert fetched == [based.model_file(run)]
     (kept,) = (based.cache / "weights").iterdir()
     damage(kept, tamper("tensors"))
     load_base(run, torch.device("cpu"))

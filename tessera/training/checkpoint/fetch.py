@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-from tessera.errors import DamagedError, NotFoundError
+from tessera.errors import ConflictError, DamagedError, NotFoundError
 from tessera.runs import CheckpointRef, Run, furthest_first
 from tessera.storage import cache_folder, require_writable, sha256_file
 from tessera.storage.local import copy_local
@@ -75,9 +75,8 @@ def fetch_checkpoint(
                 return _download(run, ref, _own_folder(run, ref, local)), notes
             except (DamagedError, NotFoundError) as error:  # an outage is not damage: it ends here
                 if isinstance(error, NotFoundError) and ref not in run.checkpoints():
-                    return fetch_checkpoint(
-                        run, local=local
-                    )  # a living attempt dropped it for a newer one
+                    # a living attempt dropped it for a newer one
+                    return fetch_checkpoint(run, local=local)
                 notes.append(f"The checkpoint of step {ref.step} is passed over: {error}")
     if in_root:
         raise DamagedError(
@@ -146,6 +145,7 @@ def _check_local(run: Run, ref: CheckpointRef) -> dict[str, Any]:
         record = check_record(json.loads((folder / COMPLETE).read_bytes()), str(folder / COMPLETE))
     except (OSError, ValueError) as error:
         raise DamagedError(f"{folder / COMPLETE} cannot be read ({error}).") from error
+    _require_same_run(run, ref, record["state"])
     if record["nodes"] != 1:
         raise DamagedError(f"{folder} holds only one machine's part.")
     for name, entry in record["files"].items():
@@ -158,10 +158,24 @@ def _check_local(run: Run, ref: CheckpointRef) -> dict[str, Any]:
     return record
 
 
+def _require_same_run(run: Run, ref: CheckpointRef, state: dict[str, Any]) -> None:
+    """Two first starts under one ``--run-id`` may both have created the run, where stores let them.
+
+    What the loser published before it noticed must not be continued by the winner.
+    """
+    if state.get("identity", run.identity) != run.identity:
+        raise ConflictError(
+            f"The checkpoint {ref.folder} of run {run.id} was made with other settings than "
+            "run.json says: two starts took this run id at once; start another run with --new or "
+            "another --run-id."
+        )
+
+
 def _download(run: Run, ref: CheckpointRef, folder: Path) -> Loaded:
     path = run.path(ref.folder, COMPLETE)
     try:
         record = check_record(run.root.read_json(path), f"{path} in {run.root.url}")
+        _require_same_run(run, ref, record["state"])
         names: Sequence[str] = sorted(record["files"])
 
         def get(name: str) -> None:

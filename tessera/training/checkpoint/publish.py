@@ -9,13 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tessera.errors import StoreError, SupersededError
-from tessera.runs import OUTCOMES_DONE, Attempt, CheckpointRef, Run
+from tessera.runs import OUTCOMES_DONE, Attempt, CheckpointRef, Run, open_run
 from tessera.tracking.journal import Journal
 from tessera.training.checkpoint.files import COMPLETE, Saved
 
 
 def guard_publication(run: Run, attempt: Attempt) -> None:
     """Raise ``SupersededError`` if a later attempt took over, or another one finished the run."""
+    # A store without conditional writes lets two first starts both create run.json under --run-id.
+    if open_run(run.root, run.id).identity != run.identity:
+        raise SupersededError(
+            f"Another start with other settings took the run id {run.id} at the same moment; give "
+            "one of the two another --run-id."
+        )
     other = run.superseded_by(attempt)
     if other is None:
         done = (n for n, ending in run.endings().items() if ending.outcome in OUTCOMES_DONE)
