@@ -270,7 +270,6 @@ def measure_waiting(
         waits.append(time.perf_counter() - asked)
         time.sleep(per_step)
     total = time.perf_counter() - begun
-    source.close()
     window = WINDOW * manifest.splits["train"].shards[0].tokens / arguments.rate
     note = (
         f"{steps} steps of {samples * sequence:,} tokens at {arguments.rate:,} tokens/s, "

@@ -50,6 +50,7 @@ def run_command(command: click.Command, arguments: Sequence[str] | None = None) 
     """
     from tessera.errors import TesseraError
 
+    result: object = 0
     try:
         result = command.main(args=arguments, standalone_mode=False)
         sys.stdout.flush()
@@ -70,7 +71,8 @@ def run_command(command: click.Command, arguments: Sequence[str] | None = None) 
         click.echo("Stopped.", err=True)
         return 130
     except BrokenPipeError:
-        return _reader_gone()
+        _reader_gone()
+        return result if isinstance(result, int) else 0
     except SystemExit as error:  # how click and rich leave when they find the pipe broken
         if not isinstance(error.__context__, BrokenPipeError):
             raise

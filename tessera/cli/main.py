@@ -14,6 +14,7 @@ from tessera.cli.common import epilog, json_option, print_json, root_option, run
 if TYPE_CHECKING:
     from tessera.training.launch import Plan
 
+_RETRY = 75
 _ELSEWHERE = {
     "corpus": ("tessera.cli.corpus", "corpus", "Build and verify token shards."),
     "interview": ("tessera.cli.interview", "interview", "Ask a voice the probes; show answers."),
@@ -110,7 +111,10 @@ def train(
     place = place_of(machine)
     result = run_training(settings, open_root(root), place, run_id=run_id, new=new, quiet=quiet)
     if os.environ.get("RANK", "0") == "0":  # one of several workers speaks
-        click.echo(f"{result.run.id}: {result.text}")
+        try:
+            click.echo(f"{result.run.id}: {result.text}")
+        except OSError:
+            pass  # nobody reads it; the exit code has to arrive all the same
     return result.exit_code
 
 
@@ -154,4 +158,8 @@ def _facts(settings: Any) -> dict[str, Any]:
 
 def main() -> None:
     """Entry point of the ``tessera`` command."""
-    sys.exit(run_command(tessera))
+    code = run_command(tessera)
+    if code == _RETRY:  # told to go: a thread that waits for a store must not hold the process
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -8,13 +8,20 @@ came to it.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from tessera.errors import DivergedError, InputError, SupersededError, TesseraError
+from tessera.errors import (
+    DivergedError,
+    InputError,
+    RetryElsewhereError,
+    SupersededError,
+    TesseraError,
+)
 from tessera.experiment import Experiment
 from tessera.model.loss import summed_cross_entropy
 from tessera.model.peak import Peak, peak_flops
@@ -34,6 +41,7 @@ from tessera.runs import (
 from tessera.storage import Root
 from tessera.tracking.journal import Journal
 from tessera.training.checkpoint.fetch import Loaded
+from tessera.training.checkpoint.files import local_folder
 from tessera.training.checkpoint.state import allocate_moments, restore_state, training_state
 from tessera.training.loop import Loop, Session, compiles
 from tessera.training.memory import out_of_memory_sentence, resolve_micro_batch
@@ -109,6 +117,13 @@ class Trainer:
             outcome = Ending(FAILED, 2, 0.0, start.step, reason)
             raise InputError(reason) from error
         except RuntimeError as error:
+            if str(error).startswith("CUDA error"):  # a fault of the card or its driver
+                reason = (
+                    f"{attempt.device} failed ({str(error).splitlines()[0][:120]}); another "
+                    "machine continues the run."
+                )
+                outcome = Ending(FAILED, RETRY, 0.0, start.step, reason)
+                raise RetryElsewhereError(reason) from error
             if "deterministic" not in str(error):
                 raise
             reason = (
@@ -128,6 +143,8 @@ class Trainer:
             outcome = replace(outcome, ended_at=time.time(), step=reached)
             if self.world.is_main:
                 finish_attempt(self.run, attempt, journal, outcome)
+            if outcome.outcome == FINISHED and self.world.local_rank == 0:
+                shutil.rmtree(local_folder(self.run), ignore_errors=True)  # 12 GB nobody needs now
         return outcome
 
     def _go_back(self, loop: Loop, attempt: Attempt, cause: GoBackError) -> Rollback:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +38,7 @@ from tessera.training.checkpoint.state import training_state
 from tessera.training.clock import SpanClock
 from tessera.training.cost import RunningCost
 from tessera.training.optim import set_learning_rate
-from tessera.training.parallel import World
+from tessera.training.parallel import World, reporting_lost_peers
 from tessera.training.preemption import StopRequest
 from tessera.training.program import Prefetcher, Program, StepBatch
 from tessera.training.progress import ProgressLine, Standing
@@ -128,9 +129,11 @@ class Loop:
         if self._program.device.type == "cuda":
             with self._clock.filing("checkpoint"):
                 self.saver.prepare(self._tensors())
+        self.saver.check_room(self._tensors())
         if self.done == 0:
             self._evaluate_if_due()
-        self._train()
+        with reporting_lost_peers() if self._s.world.size > 1 else nullcontext():
+            self._train()
         if self._stopping() and self.done < self._program.steps:
             self._leave()
         else:
@@ -145,25 +148,29 @@ class Loop:
             return
         data = Prefetcher(self._program, self.done, self.skips.first_sample)
         first = True
-        try:
-            while self.done < self._program.steps and not self._stopping():
-                self.saver.check()
-                with self._clock.filing("data_wait"):
-                    batch = data.take(self.done)
-                if first and self._compiles:
-                    with self._clock.filing("compile"):
-                        took = self._step(batch)
-                        self._settle()
-                    self._interval.restart_clock()
-                    self._began, self._began_at = time.monotonic(), self.done
-                else:
+        alone = self._s.world.size == 1
+
+        def told_to_stop() -> bool:
+            return alone and self._s.stop.signal is not None
+
+        while self.done < self._program.steps and not self._stopping():
+            self.saver.check()
+            with self._clock.filing("data_wait"):
+                batch = data.take(self.done, told_to_stop)
+            if batch is None:
+                break
+            if first and self._compiles:
+                with self._clock.filing("compile"):
                     took = self._step(batch)
-                if not took:
-                    break
-                first = False
-                self._after_step()
-        finally:
-            data.close()
+                    self._settle()
+                self._interval.restart_clock()
+                self._began, self._began_at = time.monotonic(), self.done
+            else:
+                took = self._step(batch)
+            if not took:
+                break
+            first = False
+            self._after_step()
 
     def _stopping(self) -> bool:
         return self._s.world.any(self._s.stop.signal is not None)

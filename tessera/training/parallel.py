@@ -169,7 +169,12 @@ def reporting_lost_peers() -> Iterator[None]:
     except RuntimeError as error:
         text = str(error)
         lost = isinstance(error, (dist.DistNetworkError, dist.DistBackendError)) or (
-            "gloo" in text and any(word in text for word in ("onnect", "imed out", "peer", "pipe"))
+            (
+                "gloo" in text
+                and any(word in text for word in ("onnect", "imed out", "peer", "pipe"))
+            )
+            or "Connection closed by peer" in text
+            or "NCCL" in text
         )
         if not lost:
             raise

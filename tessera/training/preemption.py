@@ -67,7 +67,7 @@ def listening(stop: StopRequest) -> Iterator[None]:
                 f"Stopped by {stop.signal} before the training began; nothing is lost, and the "
                 "same command starts it."
             )
-        os.write(2, b"\nstopping after this micro-step and saving; once more leaves at once\n")
+        _tell(b"\nstopping after this micro-step and saving; once more leaves at once\n")
 
     before = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -80,6 +80,14 @@ def listening(stop: StopRequest) -> Iterator[None]:
         os.close(wakes)
 
 
+def _tell(text: bytes) -> None:
+    """To stderr, if somebody reads it."""
+    try:
+        os.write(2, text)
+    except OSError:
+        pass
+
+
 def _leave_when_over(wakes: int, stop: StopRequest) -> None:
     """Wait for the bell; then leave at the end of the grace period unless it is closed first."""
     if not os.read(wakes, 1):
@@ -88,5 +96,5 @@ def _leave_when_over(wakes: int, stop: StopRequest) -> None:
     over.start()
     over.join(stop.left_s())
     if over.is_alive():
-        os.write(2, b"\nthe grace period is over: leaving now\n")
+        _tell(b"\nthe grace period is over: leaving now\n")
         os._exit(RETRY)

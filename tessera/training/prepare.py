@@ -22,6 +22,7 @@ from tessera.training.loop import compiles
 from tessera.training.parallel import World
 from tessera.training.pretrain import PretrainProgram
 from tessera.training.program import Program
+from tessera.training.replica import FSDP, choose_strategy
 from tessera.training.sft import SftProgram
 
 
@@ -46,6 +47,12 @@ def prepare(
     resolved = "bf16" if dtype == torch.bfloat16 else "float32"
     experiment = experiment.model_copy(update={"precision": resolved})
     built = world.together(partial(_build, experiment, root, world, dtype))
+    strategy = choose_strategy(experiment.parallel, built.program.model, world)
+    if experiment.batch.micro_batch == "auto" and strategy == FSDP:
+        raise InputError(
+            f"{experiment.origin('batch.micro_batch')}: batch.micro_batch is auto, which parallel: "
+            "fsdp cannot search for; give a number (`tessera describe` estimates the memory)."
+        )
 
     def record() -> tuple[RunRecord, bool]:
         run, created = create_or_open(

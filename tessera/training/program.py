@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,19 +100,36 @@ class Prefetcher:
 
     def __init__(self, program: Program, step: int, first_sample: Callable[[int], int]) -> None:
         self._program, self._first_sample = program, first_sample
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._next: Future[StepBatch] = self._order(step)
 
-    def take(self, step: int) -> StepBatch:
-        """The data of ``step``; steps are taken one after the other."""
-        batch = self._next.result()
+    def take(self, step: int, give_up: Callable[[], bool] = lambda: False) -> StepBatch | None:
+        """The data of ``step``; steps are taken one after the other.
+
+        None if ``give_up`` says so while a slow store is waited for.
+        """
+        while True:
+            try:
+                batch = self._next.result(timeout=0.1)
+                break
+            except TimeoutError:
+                if self._next.done():  # the store's own time-out, not ours
+                    raise
+                if give_up():
+                    return None
         if step + 1 < self._program.steps:
             self._next = self._order(step + 1)
         return batch
 
     def _order(self, step: int) -> Future[StepBatch]:
-        return self._pool.submit(self._program.batch, self._first_sample(step))
+        """A daemon thread a step: leaving the process must not wait for a store that hangs."""
+        order: Future[StepBatch] = Future()
+        first = self._first_sample(step)
 
-    def close(self) -> None:
-        """Let the thread end."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        def load() -> None:
+            try:
+                order.set_result(self._program.batch(first))
+            except BaseException as error:
+                order.set_exception(error)
+
+        threading.Thread(target=load, name="loader", daemon=True).start()
+        return order

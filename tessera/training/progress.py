@@ -84,7 +84,12 @@ class ProgressLine:
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        self._console.print(f"{self._title}: {text}", highlight=False, markup=False, soft_wrap=True)
+        try:
+            self._console.print(
+                f"{self._title}: {text}", highlight=False, markup=False, soft_wrap=True
+            )
+        except (OSError, SystemExit):  # nobody reads any more (rich leaves then), or a full disk
+            self._console.quiet = True
 
     def show(self, at: Standing) -> None:
         """Refresh the line."""

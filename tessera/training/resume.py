@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tessera.errors import DivergedError
+from tessera.errors import DamagedError, DivergedError
 from tessera.runs import Attempt, CheckpointRef, Ending, Rollback, Run
 from tessera.tracking.journal import Record, read_journal
 from tessera.training.checkpoint.fetch import Loaded
@@ -34,7 +34,10 @@ def lost_work(run: Run, step: int) -> Lost | None:
     if not attempts:
         return None
     last = attempts[-1]
-    records = list(read_journal(run, last.id))
+    try:
+        records = list(read_journal(run, last.id))
+    except DamagedError:
+        return None  # the checkpoints do not need it, and tessera-exp names the damage
     reached = max((r.step for r in records if r.key == "progress/tokens"), default=0)
     ending = run.endings().get(last.id)
     reached = max(reached, ending.step if ending else 0)

@@ -8,10 +8,14 @@ Everything that can be refused is refused before the attempt is recorded.
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
+from tessera.errors import RetryElsewhereError
+from tessera.evaluation.weights import best_device
 from tessera.experiment import Experiment
 from tessera.runs import Attempt, Ending, Run
 from tessera.storage import Root
@@ -50,6 +54,7 @@ def train(
     """
     stop = StopRequest(experiment.preemption.grace_s)
     with listening(stop):
+        require_the_rented_gpu(os.environ)
         world = join()
         prepared = prepare(experiment, root, world, run_id, new)
         run = prepared.run
@@ -65,6 +70,19 @@ def train(
             prepared.program.close()
         leave(world)
     return Result(run, ending.exit_code, ending.reason)
+
+
+def require_the_rented_gpu(environ: Mapping[str, str]) -> None:
+    """Raise ``RetryElsewhereError`` if a GPU was rented and none can be used.
+
+    Training would go on on the CPU, at the GPU's price, and as another run (its precision differs).
+    """
+    rented = environ.get("SKYPILOT_NUM_GPUS_PER_NODE", "0") not in ("", "0")
+    if rented and best_device().type == "cpu":
+        raise RetryElsewhereError(
+            "A GPU was rented (SKYPILOT_NUM_GPUS_PER_NODE), but torch finds none that works on "
+            "this machine; another machine may help."
+        )
 
 
 def _train(

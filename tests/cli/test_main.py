@@ -179,7 +179,16 @@ FROZEN = {
         "RUN",
     ],
     "tessera interview show": ["--adapter", "--help", "--json", "--root", "RUN"],
-    "tessera train": ["--help", "--new", "--quiet", "--root", "--run-id", "--set", "EXPERIMENT"],
+    "tessera train": [
+        "--gpus",
+        "--help",
+        "--new",
+        "--quiet",
+        "--root",
+        "--run-id",
+        "--set",
+        "EXPERIMENT",
+    ],
 }
 
 

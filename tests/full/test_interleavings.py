@@ -24,7 +24,7 @@ from tests.services.trainers import Forker
 from tests.training.conftest import write_corpus
 
 SEED = 20261123
-SAMPLED = 48
+SAMPLED = 12
 STAGES = 2
 """Cases at once, each in a root of its own: one for each core of a small machine."""
 

@@ -186,11 +186,24 @@ def remove_partials(run: Run) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def prune_local(run: Run, keep: int, held: set[str]) -> None:
-    """Drop all but the ``keep`` newest local checkpoints and those whose name is ``held``."""
-    for ref in local_checkpoints(run)[keep:]:
-        if ref.name not in held:
-            drop_local(run, ref)
+def prune_local(run: Run, keep: int, held: set[str], newest: CheckpointRef) -> int:
+    """Drop all but the ``keep`` newest local checkpoints up to ``newest``; returns how many.
+
+    Those beyond ``newest`` of earlier attempts go too: they were given up, or ``newest`` would have
+    continued from them. What is ``held`` stays, and what later attempts wrote.
+    """
+    ours = [ref for ref in local_checkpoints(run) if ref.number <= newest.number]
+    kept = [ref for ref in ours if ref.step <= newest.step][:keep]
+    doomed = [ref for ref in ours if ref not in kept and ref.name not in held]
+    for ref in doomed:
+        drop_local(run, ref)
+    return len(doomed)
+
+
+def local_bytes(run: Run) -> int:
+    """What the local checkpoints of ``run`` take."""
+    files = local_folder(run).rglob("*")
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def drop_local(run: Run, ref: CheckpointRef) -> None:

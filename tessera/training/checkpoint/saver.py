@@ -23,12 +23,14 @@ from tessera.errors import StoreError, SupersededError, TesseraError
 from tessera.experiment import Checkpoint
 from tessera.ledger.traffic import UP_BYTES, checkpoint_sentence
 from tessera.runs import Attempt, CheckpointRef, Run
+from tessera.storage import cache_folder
 from tessera.tracking.journal import Journal
 from tessera.training.checkpoint.fetch import Loaded
 from tessera.training.checkpoint.files import (
     Entries,
     Saved,
     finish_local,
+    local_bytes,
     partial_folder,
     prune_local,
     seal,
@@ -43,6 +45,10 @@ from tessera.training.checkpoint.publish import (
 from tessera.training.checkpoint.staging import HostCopy
 from tessera.training.parallel import World
 
+_Job = Callable[[], None]
+_Handler = Callable[[Exception], None]
+HANGS_S = 600.0
+"""A local disk that has not finished a checkpoint after this is left alone."""
 WORTH_SAYING_S = 1.0
 """A checkpoint that was in the root faster than this needs no line."""
 
@@ -90,6 +96,18 @@ class Saver:
         """Take the host memory now: allocating it costs seconds, once."""
         self._host.take(tensors)
 
+    def check_room(self, tensors: Mapping[str, Tensor]) -> None:
+        """Say so if the local disk will be too small; what is there already counts as room."""
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        due = (self._settings.local_keep + 2) * size  # kept, being uploaded, being written
+        have = shutil.disk_usage(cache_folder()).free + local_bytes(self._run)
+        if have < due:
+            self._say(
+                f"{cache_folder()} has room for {have / 1e9:.1f} GB, checkpoints may take "
+                f"{due / 1e9:.1f} GB; free some space or point TESSERA_CACHE at a larger disk, or "
+                "saves will fail"
+            )
+
     def check(self) -> None:
         """Raise what ended the saving for good: another attempt took over, or an error of ours."""
         if self._error is not None:
@@ -121,7 +139,12 @@ class Saver:
         permanent = self.permanent(step) or self._owed
         if writing and not permanent:
             return False
-        self.wait_written()
+        self.wait_written(time.monotonic() + HANGS_S)
+        if self._world.any(self._writing > 0):
+            reason = f"the local disk has not answered for {HANGS_S:.0f} s"
+            self._journal.event("checkpoint/failed", step, reason=reason)
+            self._say(f"No checkpoint at step {step}: {reason}.")
+            return False
         upload = permanent and not uploading
         self._owed = permanent and not upload
         if self._owed:
@@ -149,7 +172,9 @@ class Saver:
             state_ = dict(tensors())
             size = sum(tensor.numel() * tensor.element_size() for tensor in state_.values())
             self._take(step, state_, state(), upload=self._fits(size, deadline, step))
-        elif self.root_step < step and self._fits(self._latest.bytes, deadline, step):
+        elif self._world.any(self.root_step < step) and self._fits(
+            self._latest.bytes, deadline, step
+        ):
             self._count(uploading=1)
             self._hold(self._latest)
             self._queue_upload(self._latest)
@@ -167,7 +192,9 @@ class Saver:
         return self._writing + self._uploading == 0
 
     def _wait(self, over: Callable[[], bool], deadline: float | None) -> None:
-        while not over() and (deadline is None or time.monotonic() < deadline):
+        while not over() and self._error is None:
+            if deadline is not None and time.monotonic() >= deadline:
+                return
             time.sleep(0.002)
 
     def _fits(self, size: int, deadline: float, step: int) -> bool:
@@ -188,40 +215,63 @@ class Saver:
         self._journal.metric("checkpoint/stall_s", time.monotonic() - began, step)
         ref = CheckpointRef(step, self._attempt.id)
         self._count(writing=1, uploading=int(upload))
-        self._writer.add(lambda: self._write(ref, staged, dict(state), upload))
+        self._writer.add(lambda: self._write(ref, staged, dict(state), upload), self._give_up)
+
+    def _give_up(self, error: Exception) -> None:
+        """An error that no save survives; the loop's next ``check`` raises it."""
+        self._error = error
 
     # -- the threads' side -----------------------------------------------------------------------
 
     def _write(
         self, ref: CheckpointRef, staged: dict[str, Tensor], state: dict[str, Any], upload: bool
     ) -> None:
-        saved: Saved | None = None
+        queued = False
         try:
-            saved = self._write_local(ref, staged, state)
-        except StoreError as error:
-            self._report_failure(ref, error)
-            if self._world.local_rank == 0:
-                shutil.rmtree(partial_folder(self._run, ref), ignore_errors=True)
-        except Exception as error:
-            self._error = error
-        if saved is not None:
+            saved = self._write_making_room(ref, staged, state)
             self._latest = saved
             self.local_step = ref.step
             if upload:
                 self._hold(saved)
                 self._queue_upload(saved)
+                queued = True
             if self._world.local_rank == 0:
-                with self._lock:
-                    held = set(self._held)
-                prune_local(self._run, self._settings.local_keep, held)
-        self._count(writing=-1, uploading=-1 if upload and saved is None else 0)
+                prune_local(self._run, self._settings.local_keep, self._in_use(), ref)
+        except StoreError as error:
+            self._report_failure(ref, error)
+        finally:
+            self._count(writing=-1, uploading=-1 if upload and not queued else 0)
+
+    def _write_making_room(
+        self, ref: CheckpointRef, staged: dict[str, Tensor], state: dict[str, Any]
+    ) -> Saved:
+        """Write; if that fails, once more without the older local checkpoints."""
+        try:
+            return self._write_local(ref, staged, state)
+        except StoreError:
+            dropped = 0
+            if self._world.local_rank == 0:
+                shutil.rmtree(partial_folder(self._run, ref), ignore_errors=True)
+                dropped = prune_local(self._run, 0, self._in_use(), ref)
+            if not any(self._world.gather(dropped, background=True)):
+                raise
+        try:
+            return self._write_local(ref, staged, state)
+        except StoreError:
+            if self._world.local_rank == 0:
+                shutil.rmtree(partial_folder(self._run, ref), ignore_errors=True)
+            raise
+
+    def _in_use(self) -> set[str]:
+        with self._lock:
+            return set(self._held)
 
     def _hold(self, saved: Saved) -> None:
         with self._lock:
             self._held.add(saved.ref.name)
 
     def _queue_upload(self, saved: Saved) -> None:
-        self._uploader.add(lambda: self._publish(saved))
+        self._uploader.add(lambda: self._publish(saved), self._give_up)
 
     def _write_local(
         self, ref: CheckpointRef, staged: dict[str, Tensor], state: dict[str, Any]
@@ -263,8 +313,6 @@ class Saver:
             self._error = error
         except TesseraError as error:
             self._report_failure(saved.ref, error)
-        except Exception as error:
-            self._error = error
         finally:
             with self._lock:
                 self._held.discard(saved.ref.name)
@@ -287,8 +335,15 @@ class Saver:
             raise failures[0]
         if any(count < 0 for count, _ in parts):
             return  # cancelled; the next attempt removes what is there
+        failure = None
         if main:
-            self._seal_published(saved, sum(count for count, _ in parts), began)
+            try:
+                self._seal_published(saved, sum(count for count, _ in parts), began)
+            except TesseraError as error:
+                failure = error
+        for said in world.gather(failure, background=True):
+            if said is not None:
+                raise said
         self.root_step = max(self.root_step, saved.ref.step)
 
     def _seal_published(self, saved: Saved, sent: int, began: float) -> None:
@@ -307,7 +362,8 @@ class Saver:
 
     def _report_failure(self, ref: CheckpointRef, error: TesseraError) -> None:
         self._journal.event("checkpoint/failed", ref.step, reason=str(error))
-        self._say(f"no checkpoint at step {ref.step}: {error}")
+        text = str(error)
+        self._say(text if text.startswith("No checkpoint") else f"No checkpoint: {text}")
 
     def _count(self, *, writing: int = 0, uploading: int = 0) -> None:
         with self._lock:
@@ -319,13 +375,19 @@ class _Worker:
     """A daemon thread that works off jobs: leaving the process never waits for it."""
 
     def __init__(self, name: str) -> None:
-        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[_Job, _Handler]] = queue.SimpleQueue()
         threading.Thread(target=self._work, name=name, daemon=True).start()
 
-    def add(self, job: Callable[[], None]) -> None:
-        """Do it after those that came before."""
-        self._jobs.put(job)
+    def add(self, job: _Job, failed: _Handler) -> None:
+        """Do it after those that came before; ``failed`` learns of what it raises."""
+        self._jobs.put((job, failed))
 
     def _work(self) -> None:
         while True:
-            self._jobs.get()()
+            job, failed = self._jobs.get()
+            try:
+                job()
+            except Exception as error:
+                failed(error)
+            except SystemExit as error:  # how rich leaves when nobody reads its output any more
+                failed(StoreError(f"the terminal went away ({error})"))
