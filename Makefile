@@ -30,7 +30,7 @@ lint: $(READY)
 	$(BIN)/lint-imports
 
 core-tests: $(READY)
-	$(BIN)/python -m pytest --ignore=tests/full
+	$(BIN)/python -m pytest --ignore=tests/full -n 2 --dist loadfile
 
 test-full: $(READY)  ## against real S3 servers (moto, rclone) behind a proxy that injects faults
 	$(BIN)/python -m pytest tests/full
