@@ -8,7 +8,8 @@
     ├── checkpoints/step-<step>-<n>-<token>/   ``COMPLETE`` is written last
     ├── rollbacks/<n>-<token>.json        an attempt gave up every earlier checkpoint beyond a step
     ├── latest.json                       a hint for people; readers follow the lineage
-    ├── model/                            at the end of a pretraining
+    ├── model/                            at the end of a pretraining; ``<n>-<token>.json`` says
+    │                                     which tensors an attempt published
     ├── adapters/<name>/                  one an epoch of a fine-tuning
     └── interviews/<suite digest>/<adapter>.json
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,15 +107,10 @@ class Prefetcher:
 
         None if ``give_up`` says so while a slow store is waited for.
         """
-        while True:
-            try:
-                batch = self._next.result(timeout=0.1)
-                break
-            except TimeoutError:
-                if self._next.done():  # the store's own time-out, not ours
-                    raise
-                if give_up():
-                    return None
+        while not wait((self._next,), timeout=0.1).done:
+            if give_up():
+                return None
+        batch = self._next.result()
         if step + 1 < self._program.steps:
             self._next = self._order(step + 1)
         return batch

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,38 @@ def test_a_disk_with_room_for_one_checkpoint_goes_on_saving(
         25,
     ]
     assert bench.digest(run) == whole.digest
+
+
+def test_a_full_disk_does_not_cost_the_only_checkpoint(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Local saves at 3 and 6, nothing in the root yet, and the second finds no room at all."""
+    plain = saver.write_tensors  # type: ignore[attr-defined]
+
+    def full(folder: Path, *arguments: Any) -> Any:
+        if "step-6-" in folder.name:
+            raise StoreError("no space is left")
+        return plain(folder, *arguments)
+
+    monkeypatch.setattr(saver, "write_tensors", full)
+    bench.crash(8, "checkpoint.every_steps=20", "checkpoint.local_every_steps=3")
+    run = bench.only_run()
+    assert [ref.step for ref in local_checkpoints(run)] == [3]
+    assert [event.step for event in bench.events(run, "checkpoint/failed")] == [6]
+
+
+def test_data_that_come_late_are_taken() -> None:
+    """A wait that ends just as the data come must not be taken for an error."""
+
+    class Late:
+        steps = 3
+
+        def batch(self, first: int) -> int:
+            time.sleep(0.1)  # as long as one wait
+            return first
+
+    data = Prefetcher(Late(), 0, lambda step: step)  # type: ignore[arg-type]
+    assert [str(data.take(step)) for step in range(3)] == ["0", "1", "2"]
 
 
 def test_local_checkpoints_that_were_given_up_do_not_push_out_the_new_one(bench: Bench) -> None:

@@ -29,8 +29,10 @@ from tessera.training.checkpoint.fetch import Loaded
 from tessera.training.checkpoint.files import (
     Entries,
     Saved,
+    drop_local,
     finish_local,
     local_bytes,
+    local_checkpoints,
     partial_folder,
     prune_local,
     seal,
@@ -245,14 +247,20 @@ class Saver:
     def _write_making_room(
         self, ref: CheckpointRef, staged: dict[str, Tensor], state: dict[str, Any]
     ) -> Saved:
-        """Write; if that fails, once more without the older local checkpoints."""
+        """Write; if that fails, once more without the local checkpoints that the root covers.
+
+        One that is further than the root's stays: it may be all that the run has.
+        """
         try:
             return self._write_local(ref, staged, state)
         except StoreError:
             dropped = 0
             if self._world.local_rank == 0:
                 shutil.rmtree(partial_folder(self._run, ref), ignore_errors=True)
-                dropped = prune_local(self._run, 0, self._in_use(), ref)
+                for old in local_checkpoints(self._run):
+                    if old.step <= self.root_step and old.name not in self._in_use():
+                        drop_local(self._run, old)
+                        dropped += 1
             if not any(self._world.gather(dropped, background=True)):
                 raise
         try:
