@@ -26,6 +26,7 @@ from tests.services.proxied import Proxy
 from tests.services.stores import Store
 from tests.services.trainers import CHECKOUT, Finished, Forker, Running, base_environment
 from tests.training.conftest import BASE, STEPS, write_corpus
+from tests.training.disturb import UNDISTURBED, Disturbance
 
 PATIENCE_S = 120.0
 USD_PER_HOUR = 3.6
@@ -46,14 +47,15 @@ class Machine:
         assert end.code == 0, end.err
         return end
 
-    def start(self, *arguments: str) -> Running:
+    def start(self, *arguments: str, disturb: Disturbance = UNDISTURBED) -> Running:
         """``tessera`` in a process of its own."""
         environment = {"TESSERA_CACHE": str(self.folder / "cache")} | self.environment
         command = [*arguments, "--root", self.root]
-        return self.forker.start(command, environment, self.folder / "output")
+        return self.forker.start(command, environment, self.folder / "output", disturb)
 
-    def train(self) -> Running:
-        return self.start("train", str(self.folder / "experiment.yaml"), "--quiet")
+    def train(self, disturb: Disturbance = UNDISTURBED) -> Running:
+        experiment = str(self.folder / "experiment.yaml")
+        return self.start("train", experiment, "--quiet", disturb=disturb)
 
     def exp(self, *arguments: str) -> Any:
         """What ``tessera-exp`` prints as JSON."""
@@ -76,9 +78,7 @@ class Machine:
 def machine(forker: Forker, folder: Path, root: str, **environment: str) -> Machine:
     """A fresh machine with the experiment on it."""
     folder.mkdir(parents=True, exist_ok=True)
-    # One sequence at a time makes the steps slow enough to be interrupted.
-    batch = BASE["batch"] | {"micro_batch": 1}
-    settings = BASE | {"log_every_steps": 1, "batch": batch}
+    settings = BASE | {"log_every_steps": 1}
     (folder / "experiment.yaml").write_text(yaml.safe_dump(settings), "utf-8")
     return Machine(forker, folder, root, environment)
 
@@ -122,8 +122,8 @@ def test_a_run_on_a_bad_store_ends_like_one_on_a_good_disk(
     log = proxy.log()
     log.fresh()
 
-    def two_checkpoints() -> bool:
-        return len({e.key for e in seen() if e.arrived and COMPLETE.search(f"/{e.key}")}) >= 2
+    def one_is_whole() -> bool:
+        return any(entry.arrived and COMPLETE.search(f"/{entry.key}") for entry in seen())
 
     entries: list[Any] = []
 
@@ -131,8 +131,9 @@ def test_a_run_on_a_bad_store_ends_like_one_on_a_good_disk(
         entries.extend(log.fresh())
         return [entry for entry in entries if entry.method == "PUT"]
 
-    process = one.train()
-    until(process, two_checkpoints)
+    # Past two checkpoints, of which a slow store gets at least one, and short of the third.
+    process = one.train(Disturbance(halt_before=STEPS // 2 - 1))
+    until(process, one_is_whole)
     process.kill(signal.SIGTERM)
     stopped = process.wait(PATIENCE_S)
     assert stopped.code == 75, stopped.err

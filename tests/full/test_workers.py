@@ -14,6 +14,7 @@ import pytest
 
 from tessera.corpus.build import build
 from tessera.storage import Root
+from tests.services.trainers import CHECKOUT
 from tests.training.conftest import Bench, write_corpus
 
 TOLERANCE = 1e-5
@@ -32,9 +33,22 @@ def environment(bench: Bench) -> dict[str, str]:
     return {**os.environ, "TESSERA_CACHE": str(bench.cache), "OMP_NUM_THREADS": "1"}
 
 
+HALT = """\
+from tests.training.disturb import Disturbance
+Disturbance(halt_before={before}).install(setattr)
+"""
+
+
 def stop_after(bench: Bench, gpus: int, step: int, *settings: str) -> int:
-    """Start, stop with SIGTERM once a checkpoint of ``step`` or later is whole; the exit code."""
-    process = subprocess.Popen(command(bench, gpus, *settings), env=environment(bench))
+    """Start, stop with SIGTERM once a checkpoint of ``step`` or later is whole; the exit code.
+
+    Every worker stands still some steps later until it is told to stop: they take milliseconds.
+    """
+    site = bench.folder / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(HALT.format(before=step + 8), "utf-8")
+    halting = environment(bench) | {"PYTHONPATH": f"{site}{os.pathsep}{CHECKOUT}"}
+    process = subprocess.Popen(command(bench, gpus, *settings), env=halting)
     deadline = time.monotonic() + 120
     while not any(done >= step for run in bench.runs() for done in bench.checkpoints(run)):
         assert process.poll() is None, "it ended too early"

@@ -4,9 +4,9 @@ The same idea as ``tests/training/launcher.py``, for callers that need more than
 order carries the whole environment that the command sees, so each can be another machine.
 
 It has imported everything and runs no thread. For every order (a JSON line: ``arguments``,
-``environment``, ``output``) it forks, answers with the process id and, once that process has ended,
-with its exit code (negative: the signal) and when it ended. The imports must stay free of threads;
-what a child does is what the command does, and a kill -9 of it is one.
+``environment``, ``output``, ``disturb``) it forks, answers with the process id and, once that
+process has ended, with its exit code (negative: the signal) and when it ended. The imports must
+stay free of threads; what a child does is what the command does, and a kill -9 of it is one.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ peak_module.peak_flops = _peak
 import tessera.training.session  # noqa: E402, F401 - what takes the seconds
 from tessera.cli.common import run_command  # noqa: E402
 from tessera.cli.main import tessera as command  # noqa: E402
+from tests.training.disturb import Disturbance  # noqa: E402
 
 
 def run(order: dict[str, Any]) -> int:
@@ -40,6 +41,7 @@ def run(order: dict[str, Any]) -> int:
         os.dup2(file, descriptor)
     os.environ.clear()
     os.environ.update(order["environment"])
+    Disturbance(**order["disturb"]).install(setattr)
     code = run_command(command, order["arguments"])
     sys.stdout.flush()
     sys.stderr.flush()

@@ -18,6 +18,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.training.disturb import UNDISTURBED, Disturbance
+
 CHECKOUT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 180.0
 _KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV", "PYTHONPATH")
@@ -108,7 +110,13 @@ class Forker:
         self._process.wait(PATIENCE_S)
         self._answers.close()
 
-    def start(self, arguments: list[str], environment: dict[str, str], output: Path) -> Running:
+    def start(
+        self,
+        arguments: list[str],
+        environment: dict[str, str],
+        output: Path,
+        disturb: Disturbance = UNDISTURBED,
+    ) -> Running:
         """Start ``tessera`` with these arguments; what it says goes to ``output.out``, ``.err``."""
         assert self._last is None or self._last.ended(), "one at a time"
         if self._last is not None:
@@ -117,6 +125,7 @@ class Forker:
             "arguments": arguments,
             "environment": base_environment() | environment,
             "output": str(output),
+            "disturb": disturb.order(),
         }
         output.with_suffix(".err").touch()
         self._orders.write(json.dumps(order).encode() + b"\n")

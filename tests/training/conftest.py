@@ -34,14 +34,13 @@ from tessera.tracking.journal import Record, read_journal
 from tessera.training import attempt, session
 from tessera.training.checkpoint.saver import Saver
 from tessera.training.loop import Loop
-from tests.training.disturb import Disturbance, and_finish
+from tests.training.disturb import UNDISTURBED, Disturbance, and_finish
 
 STEPS = 30
 VOCABULARY = 300
 PATIENCE_S = 120.0
 CACHE = "TESSERA_CACHE"
 SAVE = Saver.save
-UNDISTURBED = Disturbance()
 
 BASE: dict[str, Any] = {
     "name": "tiny",

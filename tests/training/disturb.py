@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -51,6 +52,8 @@ class Disturbance:
     ``nan`` and ``spike`` are the first samples of steps whose loss is not a number, or huge. Before
     step ``die_before`` (1-based) of attempt ``die_in`` the process kills itself, once all that was
     to be saved is saved; with ``die_after_rollback`` it does so when it has decided to go back.
+    Before step ``halt_before`` it stands still until it is told to stop: a run of milliseconds a
+    step is interrupted in its middle however slow the store is.
     With ``keep_up`` every save is over before the next step: steps here take milliseconds, and
     which of the checkpoints a slow store gets would depend on the hour.
     """
@@ -61,6 +64,7 @@ class Disturbance:
     die_in: int = 1
     die_after_rollback: bool = False
     keep_up: bool = False
+    halt_before: int = 0
 
     def order(self) -> dict[str, Any]:
         """As JSON values for the launcher."""
@@ -87,6 +91,8 @@ class Disturbance:
             set_(Saver, "save", and_finish(Saver.save))
         if self.die_before:
             self._die_before_step(set_)
+        if self.halt_before:
+            self._halt_before_step(set_)
         if self.die_after_rollback:
             set_(Run, "publish_rollback", _then_die(Run.publish_rollback))
 
@@ -114,6 +120,19 @@ class Disturbance:
             return plain(loop, batch)
 
         set_(Loop, "_step", step)
+
+    def _halt_before_step(self, set_: Setter) -> None:
+        plain = Loop._step
+
+        def step(loop: Loop, batch: StepBatch) -> bool:
+            while loop.done + 1 == self.halt_before and loop.session.stop.signal is None:
+                time.sleep(0.01)
+            return plain(loop, batch)
+
+        set_(Loop, "_step", step)
+
+
+UNDISTURBED = Disturbance()
 
 
 def _with_nan(plain: Callable[[Replica, Tensor, Tensor], Tensor]) -> Any:
