@@ -24,6 +24,8 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 BIN = CHECKOUT / ".venv" / "bin"
 LIMIT_S = 240.0
 """The demo's promise on two idle cores; printed beside what it took, never asserted."""
+PATIENCE_S = 1500.0
+"""Until a demo on a machine that is busy with other things is given up."""
 
 
 def run_demo(environment: dict[str, str]) -> float:
@@ -36,17 +38,25 @@ def run_demo(environment: dict[str, str]) -> float:
 def kill_in_mid_training(environment: dict[str, str], root: Path) -> str:
     """Start the demo, kill -9 the trainer after its second checkpoint; returns the run's id."""
     demo = subprocess.Popen(["make", "demo"], cwd=CHECKOUT, env=environment)
-    deadline = time.monotonic() + LIMIT_S
+    deadline = time.monotonic() + PATIENCE_S
     while len(list(root.glob("runs/smoke-*/checkpoints/*/COMPLETE"))) < 2:
-        if demo.poll() is not None or time.monotonic() > deadline:
-            raise AssertionError("the demo ended, or took too long, before its second checkpoint")
+        if demo.poll() is not None:
+            raise AssertionError("the demo ended before its second checkpoint")
+        if time.monotonic() > deadline:
+            kill_trainer(demo.pid)
+            raise AssertionError(f"no second checkpoint after {PATIENCE_S:.0f} s")
         time.sleep(0.1)
-    for process in psutil.Process(demo.pid).children(recursive=True):
-        if "train" in process.cmdline():
-            process.send_signal(signal.SIGKILL)
+    kill_trainer(demo.pid)
     assert demo.wait(60) != 0, "a demo whose trainer was killed must not succeed"
     (run,) = root.glob("runs/smoke-*")
     return run.name
+
+
+def kill_trainer(demo: int) -> None:
+    """-9 to the trainer among the processes that the demo started."""
+    for process in psutil.Process(demo).children(recursive=True):
+        if "train" in process.cmdline():
+            process.send_signal(signal.SIGKILL)
 
 
 def records(root: Path, run_id: str) -> list[dict[str, Any]]:
