@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _RETRY = 75
 _ELSEWHERE = {
+    "bench": ("tessera.cli.bench", "bench", "Measure this machine's speed and a run's cost."),
     "corpus": ("tessera.cli.corpus", "corpus", "Build and verify token shards."),
     "interview": ("tessera.cli.interview", "interview", "Ask a voice the probes; show answers."),
 }

@@ -27,6 +27,9 @@ from tessera.experiment.sections import (
     free,
 )
 
+FLOAT8_MULTIPLE = 16
+"""What a GPU's float8 products want every side of a matrix to be a multiple of."""
+
 
 class _Common(Section):
     """What both kinds have.
@@ -75,9 +78,18 @@ class _Common(Section):
 
 
 class Pretrain(_Common):
-    """A base model from random weights over one corpus."""
+    """A base model from random weights over one corpus.
+
+    ``kernels`` says who computes a step: our fused operations, or torch under autograd; they round
+    sums differently, so it is as free as ``compile``. With precision ``fp8`` the blocks' matrix
+    products take float8 operands, which only the fused operations do. ``attention`` names the
+    library that computes it in the fused operations; ``auto`` is the best that is there.
+    """
 
     kind: Literal["pretrain"]
+    precision: Literal["auto", "bf16", "float32", "fp8"] = "auto"  # type: ignore[assignment]
+    kernels: Literal["auto", "fused", "torch"] = free("auto")
+    attention: Literal["auto", "flash4", "cudnn", "flash", "math"] = free("auto")
     model: Model
     data: CorpusData
     batch: TokenBatch
@@ -93,6 +105,39 @@ class Pretrain(_Common):
     def steps(self) -> int:
         """Optimiser steps of the whole run."""
         return self.tokens // self.batch.tokens_per_step
+
+    @model_validator(mode="after")
+    def _kernels_agree(self) -> Pretrain:
+        unfit = "deterministic" if self.deterministic else None
+        unfit = "kernels" if self.kernels == "torch" else unfit
+        if self.precision == "fp8" and unfit:
+            value = "true" if unfit == "deterministic" else "torch"
+            raise KeyedError(
+                f"precision fp8 needs the fused operations, which {unfit}: {value} rules out; "
+                "change one of the two",
+                unfit, "precision",
+            )  # fmt: skip
+        if self.attention != "auto" and self.precision != "fp8" and self.kernels != "fused":
+            raise KeyedError(
+                f"attention {self.attention} is chosen for the fused operations; set kernels: "
+                "fused too, or leave attention at auto",
+                "attention", "kernels",
+            )  # fmt: skip
+        sides = {"model.d_model": self.model.d_model, "data.sequence": self.sequence}
+        for key, size in sides.items():
+            if self.precision == "fp8" and size % FLOAT8_MULTIPLE:
+                raise KeyedError(
+                    f"precision fp8 multiplies matrices whose sides are multiples of "
+                    f"{FLOAT8_MULTIPLE}, and {size} is none; change it, or the precision",
+                    key, "precision",
+                )  # fmt: skip
+        if self.kernels == "fused" and self.deterministic:
+            raise KeyedError(
+                "the fused operations add up in no fixed order on a GPU; set kernels: torch, or "
+                "deterministic: false",
+                "kernels", "deterministic",
+            )  # fmt: skip
+        return self
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> Pretrain:

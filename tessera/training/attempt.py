@@ -22,7 +22,7 @@ from tessera.errors import (
     SupersededError,
     TesseraError,
 )
-from tessera.experiment import Experiment
+from tessera.experiment import Experiment, Pretrain
 from tessera.model.loss import summed_cross_entropy
 from tessera.model.peak import Peak, peak_flops
 from tessera.model.shape import FLOPS_FORMULA
@@ -43,6 +43,7 @@ from tessera.tracking.journal import Journal
 from tessera.training.checkpoint.fetch import Loaded
 from tessera.training.checkpoint.files import local_folder
 from tessera.training.checkpoint.state import allocate_moments, restore_state, training_state
+from tessera.training.fused import FusedReplica
 from tessera.training.loop import Loop, Session, compiles
 from tessera.training.memory import out_of_memory_sentence, resolve_micro_batch
 from tessera.training.mute import MuteJournal
@@ -51,7 +52,7 @@ from tessera.training.parallel import World
 from tessera.training.preemption import RETRY, StopRequest
 from tessera.training.program import Program
 from tessera.training.progress import ProgressLine, dollars
-from tessera.training.replica import Replica
+from tessera.training.replica import Loss, Replica
 from tessera.training.resume import Lost, decide_rollback
 from tessera.training.stability import GoBackError, Range, Skips, Watch
 
@@ -170,14 +171,8 @@ class Trainer:
         program, experiment, world = self.program, self.experiment, self.world
         if self.replica is None:
             # Compiled, the soft-max needs no float32 copy of the logits: 4 GB a micro-batch at 1B.
-            loss = torch.compile(summed_cross_entropy) if compiles(program) else None
-            self.replica = Replica.build(
-                program.model,
-                experiment.parallel,
-                world,
-                program.compute_dtype,
-                loss or summed_cross_entropy,
-            )
+            compiled = torch.compile(summed_cross_entropy) if compiles(program) else None
+            self.replica = _build_replica(program, world, compiled or summed_cross_entropy)
         replica = self.replica
         optimizer = build_optimizer(experiment.optimizer, replica.trainable)
         allocate_moments(replica.trainable, optimizer)
@@ -185,10 +180,10 @@ class Trainer:
         skips = Skips(experiment.stability, program.samples_per_step)
         if start.loaded is not None:
             buffers = dict(program.model.named_buffers())
-            wanted = training_state(
-                replica.trainable, buffers, optimizer, watch.tensors(), rank=world.rank
-            )
+            more = watch.tensors() | replica.tensors()
+            wanted = training_state(replica.trainable, buffers, optimizer, more, rank=world.rank)
             restore_state(start.loaded.folder, wanted, alone=world.size == 1)
+            replica.restored()
             world.barrier()
             if world.local_rank == 0:
                 start.loaded.discard()
@@ -196,6 +191,9 @@ class Trainer:
         skips.exclude(start.excluded)
         skips.rollbacks = max(skips.rollbacks, start.rollbacks)
         self._say_opening(attempt, journal, start)
+        if skips.rollbacks and (note := replica.calm_down()):
+            journal.event("precision/changed", start.step, reason=note)
+            self.line.say(note)
         self._choose_micro_batch(replica, journal, start)
         peak = peak_flops(program.device, program.compute_dtype)
         journal.event("attempt/started", start.step, device=attempt.device, peak=peak.source)
@@ -213,11 +211,7 @@ class Trainer:
         def step(size: int) -> None:
             inputs, targets = (t.to(program.device) for t in program.dummy(size))
             # No adding up over ranks: one that runs out of memory would leave the others waiting.
-            replica.micro_step(inputs, targets, 1, last=self.world.size == 1)
-
-        def release() -> None:
-            for parameter in replica.trainable.values():
-                parameter.grad = None
+            replica.micro_step(inputs, targets, 1, last=False)
 
         remembered = start.loaded.state["micro_batch"] if start.loaded else None
         choice = resolve_micro_batch(
@@ -227,7 +221,7 @@ class Trainer:
             device=program.device,
             estimate=program.estimate_bytes,
             remembered=remembered,
-            release=release,
+            release=replica.discard,
             worst=lambda number: max(self.world.gather(number)),
         )
         program.micro_batch = choice.size
@@ -286,6 +280,14 @@ def finish_attempt(run: Run, attempt: Attempt, journal: Journal, outcome: Ending
     except TesseraError:
         if done:
             raise  # nobody may believe it finished if the root does not say so
+
+
+def _build_replica(program: Program, world: World, loss: Loss) -> Replica:
+    model, dtype, experiment = program.model, program.compute_dtype, program.experiment
+    if program.fused:
+        assert isinstance(experiment, Pretrain)
+        return FusedReplica(model, world, dtype, loss, experiment)
+    return Replica.build(model, experiment.parallel, world, dtype, loss)
 
 
 def _opening(attempt: Attempt, program: Program, created: bool, start: Start) -> str:

@@ -200,7 +200,7 @@ class Loop:
             targets = targets.to(program.device, non_blocking=True)
             total += self._replica.micro_step(inputs, targets, batch.targets, last)
             if self._s.stop.signal and not last and world.size == 1:
-                self._optimizer.zero_grad(set_to_none=True)
+                self._replica.discard()
                 return False
         world.sum(total)
         self._grad_norm = self._replica.clip(settings.clip_norm)
@@ -272,6 +272,9 @@ class Loop:
         if interval.timed_steps:
             self._show_speed(interval, loss, usd)
         self._interval = self._fresh_interval()
+        if note := self._replica.look_after():
+            journal.event("precision/changed", step, reason=note)
+            self._s.line.say(f"step {step}: {note}")
         self.skips.judge(self.done)
 
     def _show_speed(self, interval: _Interval, loss: float, usd: float | None) -> None:
@@ -340,7 +343,7 @@ class Loop:
             self._replica.trainable,
             dict(self._program.model.named_buffers()),
             self._optimizer,
-            self._watch.tensors(),
+            self._watch.tensors() | self._replica.tensors(),
             rank=self._s.world.rank,
         )
 
@@ -387,6 +390,11 @@ class _Aside:
 
 
 def compiles(program: Program) -> bool:
-    """Whether the blocks are compiled: as the experiment says, ``auto`` meaning on a GPU."""
+    """Whether the blocks are compiled: as the experiment says, ``auto`` meaning on a GPU.
+
+    Under autograd, that is; the fused operations are their own.
+    """
+    if program.fused:
+        return False
     setting = program.experiment.compile
     return setting == "on" or (setting == "auto" and program.device.type == "cuda")

@@ -18,6 +18,7 @@ from tessera.experiment import Experiment, Pretrain, Sft
 from tessera.runs import Run, RunRecord, create_or_open, find_run
 from tessera.source import code_commit
 from tessera.storage import Root, canonical_json, sha256_bytes
+from tessera.training.fused import attention_backend, wants_fused
 from tessera.training.loop import compiles
 from tessera.training.parallel import World
 from tessera.training.pretrain import PretrainProgram
@@ -45,7 +46,12 @@ def prepare(
     dtype = compute_dtype(experiment.precision, world.device)
     # The run's identity holds what `auto` came to: half a run in bf16 and half in float32 is none.
     resolved = "bf16" if dtype == torch.bfloat16 else "float32"
+    if experiment.precision == "fp8":
+        resolved = "fp8"
     experiment = experiment.model_copy(update={"precision": resolved})
+    if fused := wants_fused(experiment, world):
+        assert isinstance(experiment, Pretrain)
+        attention_backend(experiment, world.device, dtype)
     built = world.together(partial(_build, experiment, root, world, dtype))
     strategy = choose_strategy(experiment.parallel, built.program.model, world)
     if experiment.batch.micro_batch == "auto" and strategy == FSDP:
@@ -69,6 +75,7 @@ def prepare(
 
     run_record, created = world.run_on_main(record)
     program = built.program
+    program.fused = fused
     if compiles(program):
         for block in program.model.blocks:
             block.compile()
@@ -106,8 +113,11 @@ def _sft_fingerprint(experiment: Sft, tokenizer_sha256: str) -> str:
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of activations: ``auto`` is bf16 on a GPU that has it, else float32."""
-    if precision == "auto":
+    """The dtype of activations: ``auto`` is bf16 on a GPU that has it, else float32.
+
+    With fp8 it is what is not cast to float8, and what evaluations compute in.
+    """
+    if precision in ("auto", "fp8"):
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
         return torch.bfloat16 if fast else torch.float32
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():

@@ -45,6 +45,8 @@ class Program(ABC):
     device: torch.device
     compute_dtype: torch.dtype
     flops_per_token: int
+    fused = False
+    """Whether the fused operations compute the steps instead of torch under autograd."""
 
     @abstractmethod
     def batch(self, first: int) -> StepBatch:

@@ -134,6 +134,26 @@ class Replica:
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
+    def discard(self) -> None:
+        """Forget the micro-batches since the last step."""
+        for parameter in self.trainable.values():
+            parameter.grad = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint needs beside parameters, buffers and moments; restored in place."""
+        return {}
+
+    def restored(self) -> None:
+        """To be called when a checkpoint has been loaded into ``tensors``."""
+
+    def calm_down(self) -> str | None:
+        """After the run went back to a checkpoint: what is computed more carefully now, if so."""
+        return None
+
+    def look_after(self) -> str | None:
+        """At a log point: what had to change in how it computes, for people; None if nothing."""
+        return None
+
     def clip(self, max_norm: float) -> Tensor:
         """Scale the gradients to a global norm of at most ``max_norm``.
 

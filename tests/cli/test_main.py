@@ -162,6 +162,17 @@ def test_the_scripts_themselves_answer() -> None:
 
 FROZEN = {
     "tessera": ["--help", "--version"],
+    "tessera bench": [
+        "--help",
+        "--json",
+        "--only",
+        "--price",
+        "--quick",
+        "--root",
+        "--set",
+        "--steps",
+        "EXPERIMENT",
+    ],
     "tessera corpus": ["--help"],
     "tessera corpus build": ["--help", "--json", "--publish", "--quiet", "--root", "RECIPE"],
     "tessera corpus list": ["--help", "--json", "--root"],

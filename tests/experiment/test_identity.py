@@ -28,6 +28,8 @@ _FREE: list[tuple[dict[str, Any], str, Any]] = [
     (PRETRAIN, "deterministic", True),
     (PRETRAIN, "recompute", True),
     (PRETRAIN, "parallel", "fsdp"),
+    (PRETRAIN, "kernels", "fused"),
+    (PRETRAIN | {"kernels": "fused"}, "attention", "cudnn"),
     (PRETRAIN, "price", {"usd_per_hour": 9.0, "usd_per_gb_up": 0.02, "note": "much"}),
     (PRETRAIN, "data.fingerprint", "abcd"),
     (SFT, "base", "base-1234abcd"),

@@ -71,6 +71,8 @@ _REFUSED: list[tuple[dict[str, Any], str, Any, str, str]] = [
     (PRETRAIN, "deterministic", "maybe", "deterministic", "'maybe'"),
     (PRETRAIN, "recompute", 2, "recompute", "not 2"),
     (PRETRAIN, "parallel", "tensor", "parallel", "'ddp' or 'fsdp'"),
+    (PRETRAIN, "kernels", "fast", "kernels", "'fused' or 'torch'"),
+    (PRETRAIN, "attention", "cudnn", "attention", "set kernels: fused too, or leave attention at"),
     (PRETRAIN, "parallel", False, "parallel", "false is no value"),
     (PRETRAIN, "price", {"usd_per_hour": 1, "usd_per_gb_up": -1}, "price.usd_per_gb_up", "to 0"),
 ]  # fmt: skip

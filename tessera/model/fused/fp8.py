@@ -1,0 +1,112 @@
+"""Casts to 8-bit floats, each with the copy that the backward matrix products read.
+
+A matrix product in 8 bits wants both factors with the summed dimension innermost. Forward sums over
+the features, the gradient of a weight over the tokens: so every cast writes the tensor as it lies
+(``rows``) and transposed (``columns``), from one read of the input, which may be the input of a
+norm or of a GELU. Scales come from earlier steps, so the cast also records the largest magnitude
+that it saw, for the scales of later ones.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tessera.model.fused import backend
+from tessera.model.fused.gelu import Approximate, wide_gelu_backward
+
+
+class Float8(NamedTuple):
+    """A matrix in 8 bits and its transpose, both contiguous; the scale is the caller's."""
+
+    rows: Tensor
+    """(M, C), ``torch.float8_e4m3fn`` or ``torch.float8_e5m2``."""
+    columns: Tensor
+    """(C, M), the transpose of ``rows``; (0,) if it was not asked for."""
+
+
+def cast(
+    x: Tensor, scale: Tensor, amax: Tensor, dtype: torch.dtype, columns: bool = True
+) -> Float8:
+    """``x`` (M, C), bf16 or float32, times ``scale``, clamped to what ``dtype`` holds, rounded.
+
+    ``scale`` and ``amax`` are one float32 each, on the device of ``x``. ``amax`` is raised in place
+    to the largest |x|: to infinity or NaN if there is one in ``x``, NaN above all. NaN stays NaN;
+    infinity becomes the largest number of ``dtype``, so it shows in ``amax`` only. The same holds
+    for the other casts, with the value that they cast, in float32, instead of ``x``.
+    """
+    if backend.use_triton(x):
+        from tessera.model.fused.kernels import fp8 as kernels
+
+        return Float8(*kernels.cast(kernels.PLAIN, x, scale, amax, dtype, columns=columns))
+    return _cast(x.float(), scale, amax, dtype, columns)
+
+
+def cast_normed(
+    total: Tensor, rstd: Tensor, weight: Tensor, scale: Tensor, amax: Tensor, dtype: torch.dtype
+) -> Float8:
+    """The normed ``total`` (M, C): total * rstd * weight, with ``rstd`` (M,) of `norm.add_rms`."""
+    if backend.use_triton(total):
+        from tessera.model.fused.kernels import fp8 as kernels
+
+        return Float8(
+            *kernels.cast(kernels.NORMED, total, scale, amax, dtype, rstd=rstd, weight=weight)
+        )
+    return _cast(total.float() * rstd[:, None] * weight, scale, amax, dtype)
+
+
+def cast_gelu(
+    u: Tensor, approximate: Approximate, scale: Tensor, amax: Tensor, dtype: torch.dtype
+) -> Float8:
+    """GELU of ``u`` (M, C)."""
+    if backend.use_triton(u):
+        from tessera.model.fused.kernels import fp8 as kernels
+
+        tanh = approximate == "tanh"
+        return Float8(*kernels.cast(kernels.GELU, u, scale, amax, dtype, tanh=tanh))
+    return _cast(F.gelu(u.float(), approximate=approximate), scale, amax, dtype)
+
+
+def cast_gelu_backward(
+    da: Tensor,
+    u: Tensor,
+    approximate: Approximate,
+    scale: Tensor,
+    amax: Tensor,
+    dtype: torch.dtype,
+) -> Float8:
+    """The gradient with respect to ``u`` (M, C), given ``da`` (M, C) of `gelu.gelu`."""
+    if backend.use_triton(u):
+        from tessera.model.fused.kernels import fp8 as kernels
+
+        tanh = approximate == "tanh"
+        kind = kernels.GELU_BACKWARD
+        return Float8(*kernels.cast(kind, da, scale, amax, dtype, u=u, tanh=tanh))
+    return _cast(wide_gelu_backward(da, u, approximate), scale, amax, dtype)
+
+
+def restore(x8: Tensor, scale: Tensor) -> Tensor:
+    """The float32 values that ``x8``, cast with ``scale``, stands for."""
+    return x8.float() / scale
+
+
+def amax_of(x: Tensor) -> Tensor:
+    """The largest |x| of a tensor that is not empty, as (1,) float32; NaN if there is one."""
+    if backend.use_triton(x):
+        from tessera.model.fused.kernels import fp8 as kernels
+
+        return kernels.amax_of(x)
+    return x.abs().amax().float().reshape(1)
+
+
+def _cast(
+    v: Tensor, scale: Tensor, amax: Tensor, dtype: torch.dtype, columns: bool = True
+) -> Float8:
+    torch.maximum(amax, v.abs().amax().reshape(amax.shape), out=amax)
+    limit = torch.finfo(dtype).max
+    rows = (v * scale).clamp(-limit, limit).to(dtype)
+    turned = rows.t().contiguous() if columns else torch.empty(0, dtype=dtype, device=v.device)
+    return Float8(rows, turned)

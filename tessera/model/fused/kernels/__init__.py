@@ -1,0 +1,1 @@
+"""Triton kernels. Imported only where they are launched: a machine without a GPU has no Triton."""

@@ -1,0 +1,75 @@
+"""Working copies of a model's matrices: in the compute dtype or float8, made once a step.
+
+The parameters stay float32. What a layer does not use in its current precision is not kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tessera.model.fused.block import BlockTensors
+from tessera.model.fused.block8 import Weight8, Weights8
+from tessera.model.fused.fp8 import cast
+from tessera.model.protogpt import ProtoGPT
+
+_MATRICES = ("qkv", "out", "up", "down")
+
+
+class WorkingCopies:
+    """Of all blocks and of the head; ``refresh`` when the weights have changed.
+
+    Who changes them must say so: fused optimisers do not raise autograd's version counters.
+    """
+
+    def __init__(self, model: ProtoGPT, compute_dtype: torch.dtype) -> None:
+        self._dtype = compute_dtype
+        self._head = model.tokens.weight
+        self._blocks = [block_parameters(block) for block in model.blocks]
+        self._device = self._head.device
+        self.head: Tensor = self._head
+        self.blocks: list[BlockTensors] = []
+        self.blocks8: list[Weights8 | None] = []
+
+    @torch.no_grad()
+    def refresh(self, float8: Sequence[bool]) -> None:
+        """Make them from the parameters as they are, for the layers that use float8 in float8."""
+        self.blocks, self.blocks8 = [], []  # before the new ones: they take the same memory
+        self.head = self._head.to(self._dtype)
+        for block, eight in zip(self._blocks, float8, strict=True):
+            self.blocks.append(block if eight else self._in_compute_dtype(block))
+            self.blocks8.append(self._in_float8(block) if eight else None)
+
+    def _in_compute_dtype(self, block: BlockTensors) -> BlockTensors:
+        matrices = {name: getattr(block, name).to(self._dtype) for name in _MATRICES}
+        return block._replace(**matrices)
+
+    def _in_float8(self, block: BlockTensors) -> Weights8:
+        matrices = [getattr(block, name) for name in _MATRICES]
+        largest = torch.stack(torch._foreach_norm(matrices, float("inf")))
+        scales = torch.finfo(torch.float8_e4m3fn).max / largest.clamp(min=1e-12)
+        seen = torch.zeros_like(scales)
+        inverses = 1.0 / scales
+        made = [
+            Weight8(
+                cast(matrix, scales[i : i + 1], seen[i : i + 1], torch.float8_e4m3fn),
+                inverses[i : i + 1],
+            )
+            for i, matrix in enumerate(matrices)
+        ]
+        return Weights8(*made)
+
+
+def block_parameters(block: nn.Module) -> BlockTensors:
+    """The parameters of a ``Block``, by the names that the operations use."""
+    named = dict(block.named_parameters())
+    return BlockTensors(
+        norm1=named["norm1.weight"],
+        qkv=named["attn.qkv.weight"],
+        out=named["attn.out.weight"],
+        norm2=named["norm2.weight"],
+        up=named["mlp.up.weight"],
+        down=named["mlp.down.weight"],
+    )

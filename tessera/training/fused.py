@@ -1,0 +1,123 @@
+"""A replica that computes its micro-batches with the fused operations, on one device.
+
+Who asks for it: precision ``fp8``, or ``kernels: fused``. Evaluations and what is published come
+from the float32 weights through the model's own code, as with any other replica.
+
+With float8 there are two ways back to bf16. A block whose values did not fit float8's range in
+more than a quarter of the steps of a log interval gives it up (one value too large for the moment
+does no harm); once half of the blocks have, all do. And a run that had to go back to a checkpoint
+continues without float8 altogether. Both are decided from what checkpoints and the root hold, so a
+continued run decides as an undisturbed one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tessera.errors import InputError
+from tessera.experiment import Experiment, Pretrain
+from tessera.model.fused.attention import AttentionBackend, choose_backend
+from tessera.model.fused.block8 import BACKWARD, FORWARD
+from tessera.model.fused.engine import Engine
+from tessera.model.protogpt import ProtoGPT
+from tessera.training.parallel import World
+from tessera.training.replica import Loss, Replica
+
+TOLERATED = 0.25
+"""Share of a log interval's casts of a block that may have to cut a value."""
+
+
+class FusedReplica(Replica):
+    """``Replica`` of a world of one around an ``Engine``."""
+
+    strategy = "fused"
+
+    def __init__(
+        self,
+        model: ProtoGPT,
+        world: World,
+        compute_dtype: torch.dtype,
+        loss_fn: Loss,
+        experiment: Pretrain,
+    ) -> None:
+        super().__init__(model, world, compute_dtype, loss_fn)
+        backend = attention_backend(experiment, world.device, compute_dtype)
+        self.attention = backend.name
+        self._engine = Engine(model, compute_dtype, backend, float8=experiment.precision == "fp8")
+        self._interval = experiment.log_every_steps * len(FORWARD + BACKWARD)
+
+    def micro_step(
+        self, inputs: Tensor, targets: Tensor, divisor: int | Tensor, last: bool
+    ) -> Tensor:
+        """Forward and backward of one micro-batch, by the engine."""
+        return self._engine.micro_step(inputs, targets, divisor, last)
+
+    def discard(self) -> None:
+        """Forget the micro-batches since the last step, also what the scales saw."""
+        super().discard()
+        self._engine.discard()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The scales of float8; none without."""
+        return self._engine.tensors()
+
+    def restored(self) -> None:
+        """The engine goes on from the scales that were loaded."""
+        self._engine.restored()
+
+    def calm_down(self) -> str | None:
+        """Float8 ends for the whole run."""
+        if not self._engine.layers_in_float8():
+            return None
+        self._engine.without_float8(range(len(self.model.blocks)))
+        return "the run goes on without float8, in bf16"
+
+    def look_after(self) -> str | None:
+        """Blocks whose values did not fit give float8 up; see the module."""
+        on = self._engine.layers_in_float8()
+        if not on:
+            return None
+        cut = self._engine.take_cut()
+        unfit = [layer for layer in on if cut.get(layer, 0) > TOLERATED * self._interval]
+        if not unfit:
+            return None
+        layers = len(self.model.blocks)
+        left = len(on) - len(unfit)
+        if left <= layers // 2:
+            self._engine.without_float8(on)
+            return (
+                f"{layers - left} of {layers} blocks have values that do not fit float8's range; "
+                "the run goes on without float8, in bf16"
+            )
+        self._engine.without_float8(unfit)
+        which = ", ".join(str(layer) for layer in unfit)
+        return f"values of block {which} do not fit float8's range; in bf16 from now on"
+
+
+def attention_backend(
+    experiment: Pretrain, device: torch.device, compute_dtype: torch.dtype
+) -> AttentionBackend:
+    """What computes the attention of the fused operations; ``InputError`` if it cannot here."""
+    head_dim = experiment.model.d_model // experiment.model.heads
+    try:
+        return choose_backend(experiment.attention, device, compute_dtype, head_dim)
+    except ValueError as error:
+        raise InputError(f"{experiment.origin('attention')}: {error}.") from error
+
+
+def wants_fused(experiment: Experiment, world: World) -> bool:
+    """Whether the fused operations compute the steps; ``InputError`` where they cannot."""
+    if not isinstance(experiment, Pretrain):
+        return False
+    eight = experiment.precision == "fp8"
+    if not eight and experiment.kernels != "fused":
+        return False
+    if world.size > 1:
+        key = "precision" if eight else "kernels"
+        raise InputError(
+            f"{experiment.origin(key)}: {key} {'fp8' if eight else 'fused'} trains on one GPU, and "
+            f"there are {world.size}; set {'precision: bf16' if eight else 'kernels: torch'}, or "
+            "use one GPU."
+        )
+    return True
