@@ -12,10 +12,10 @@ from typing import Any
 Details = Mapping[str, Any]
 
 
-def worded(key: str, details: Any) -> str:
-    """One clause about an event; odd details are shown as they are."""
+def worded(key: str, details: Any, step: int | None = None) -> str:
+    """One clause about an event of ``step``; odd details are shown as they are."""
     try:
-        return EVENTS[key](details)
+        return EVENTS[key]({**details, "step": step})
     except (KeyError, TypeError, ValueError, AttributeError, IndexError):
         return f"{key}: {details}"
 
@@ -36,9 +36,9 @@ def _rolled_back(details: Details) -> str:
 
 def _resumed(details: Details) -> str:
     place = "this machine's disk" if details.get("local") else "the root"
-    text = f"continued from {place}"
+    text = f"continued from {place}" if details.get("step") != 0 else "started again"
     if not details.get("lost_steps"):
-        return f"{text}, nothing lost"
+        return f"{text}, no recorded step lost"
     paid = details.get("lost_usd")
     dollars = "" if paid is None else f", ${paid:.4f}"
     before = f" of attempt {details['lost_attempt']}" if details.get("lost_attempt") else ""
@@ -57,6 +57,7 @@ def _number(value: float | str) -> str:
 EVENTS: dict[str, Callable[[Details], str]] = {
     "stability/skipped": _skipped,
     "run/rolled_back": _rolled_back,
+    "precision/changed": _because("precision changed"),
     "run/diverged": _because("diverged"),
     "attempt/resumed": _resumed,
     "checkpoint/damaged": _because("checkpoint passed over"),

@@ -115,7 +115,11 @@ def show_detail(detail: Detail) -> None:
         "events" if len(rest["events"]) <= _EVENTS_SHOWN else f"last {_EVENTS_SHOWN} events",
         ("attempt", "step", "what happened"),
         [
-            [event["attempt"], count(event["step"]), worded(event["event"], event["details"])]
+            [
+                event["attempt"],
+                count(event["step"]),
+                worded(event["event"], event["details"], event["step"]),
+            ]
             for event in rest["events"][-_EVENTS_SHOWN:]
         ],
     )

@@ -6,9 +6,12 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+if TYPE_CHECKING:
+    from tessera.storage import Root
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -21,9 +24,27 @@ def root_option(function: F) -> F:
         default=".tessera",
         show_default=True,
         metavar="URL",
+        callback=_not_empty,
         help="Folder or URL (s3://bucket/prefix) that holds corpora, runs and records; "
         "also TESSERA_ROOT.",
     )(function)
+
+
+def _not_empty(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    """A script's unset variable (``--root "$ROOT"``) must not mean another root silently."""
+    from tessera.errors import InputError
+
+    if not value.strip():
+        raise InputError(
+            "The root is empty; give --root a folder or a URL such as s3://bucket/prefix, or leave "
+            "it out for TESSERA_ROOT or the folder .tessera."
+        )
+    return value
+
+
+def place_named(root: Root) -> str:
+    """The root in a sentence that says what is not in it."""
+    return f"{root.url}, which does not exist yet" if root.is_absent() else root.url
 
 
 def json_option(function: F) -> F:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tessera.cli.common import epilog, json_option, print_json, root_option
+from tessera.cli.common import epilog, json_option, place_named, print_json, root_option
 
 if TYPE_CHECKING:
     from tessera.corpus.manifest import Manifest
@@ -127,7 +127,7 @@ def list_corpora(root: str, as_json: bool) -> None:
         show_builds(builds)
     else:
         click.echo(
-            f"No corpus is built in {store.url}; begin with `tessera corpus build "
+            f"No corpus is built in {place_named(store)}; begin with `tessera corpus build "
             "data_manifests/sample.yaml`."
         )
 

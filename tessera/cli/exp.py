@@ -9,7 +9,14 @@ from typing import Any
 import click
 
 from tessera import __version__
-from tessera.cli.common import epilog, json_option, print_json, root_option, run_command
+from tessera.cli.common import (
+    epilog,
+    json_option,
+    place_named,
+    print_json,
+    root_option,
+    run_command,
+)
 
 SORT_KEYS = (
     "created_at", "run_id", "status", "tokens", "final_loss", "best_loss", "cost_usd",
@@ -83,7 +90,11 @@ def list_(root: str, sort_key: str, kind: str | None, as_json: bool) -> int:
         show_list(rows, aliases)
     elif not damaged:
         what = f"{kind} runs" if kind else "runs"
-        click.echo(f"No {what} in {store.url} yet; start one with `tessera train`.")
+        if store.is_absent():
+            where = f"{place_named(store)}; correct --root or TESSERA_ROOT, or"
+        else:
+            where = f"{store.url} yet;"
+        click.echo(f"No {what} in {where} start one with `tessera train`.")
     return _tell_damaged([str(error) for error in damaged.values()])
 
 

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from tessera import __version__
-from tessera.cli.common import epilog, json_option, print_json, root_option, run_command
+from tessera.cli.common import (
+    epilog,
+    json_option,
+    place_named,
+    print_json,
+    root_option,
+    run_command,
+)
 
 if TYPE_CHECKING:
+    from tessera.experiment import Experiment
+    from tessera.storage import Root
     from tessera.training.launch import Plan
 
 _RETRY = 75
@@ -88,20 +98,43 @@ def train(
 
     Under torchrun, or where SkyPilot rented several GPUs or machines, all of them train together.
 
-    Exit codes: 0 done; 2 bad input; 3 diverged; 75 another machine or moment may help.
+    Exit codes: 0 done; 2 bad input, or a later attempt took over; 3 diverged; 75 another machine or
+    moment may help.
     """
-    from tessera.experiment import load_experiment
+    from tessera.cli.early import told_early
 
-    settings = load_experiment(experiment, overrides)  # before torch: a typo is told at once
+    with told_early() as hand_over:
+        return _train(experiment, overrides, root, run_id, new, quiet, gpus, hand_over)
+
+
+def _train(
+    experiment: str,
+    overrides: tuple[str, ...],
+    root: str,
+    run_id: str | None,
+    new: bool,
+    quiet: bool,
+    gpus: int | None,
+    hand_over: Callable[[], None],
+) -> int:
+    from tessera.experiment import load_experiment
+    from tessera.storage import open_root
+
+    # Before torch: a typo is told at once.
+    settings = load_experiment(experiment, overrides)
+    store = open_root(root)
+    _require_folder(store, settings)
     plan = workers_to_start(gpus)
     if plan is not None:
+        import torch.distributed.launcher.api  # noqa: F401 - takes seconds: not after handing over
+
         from tessera.training.launch import launch
 
         command = [sys.executable, "-m", "tessera", *sys.argv[1:]]
+        hand_over()
         return launch(plan, command, grace_s=settings.preemption.grace_s)
     from tessera.cli.attempts import place_of
     from tessera.cloud.machine import describe_machine
-    from tessera.storage import open_root
     from tessera.training.session import train as run_training
 
     price = settings.price
@@ -110,13 +143,34 @@ def train(
         experiment_traffic_price=price.usd_per_gb_up if price else None,
     )
     place = place_of(machine)
-    result = run_training(settings, open_root(root), place, run_id=run_id, new=new, quiet=quiet)
+    hand_over()
+    result = run_training(settings, store, place, run_id=run_id, new=new, quiet=quiet)
     if os.environ.get("RANK", "0") == "0":  # one of several workers speaks
         try:
             click.echo(f"{result.run.id}: {result.text}")
         except OSError:
             pass  # nobody reads it; the exit code has to arrive all the same
     return result.exit_code
+
+
+def _require_folder(store: Root, settings: Experiment) -> None:
+    """Raise ``InputError`` if the root's folder does not exist: what is trained on lies there."""
+    from tessera.errors import InputError
+    from tessera.experiment import Pretrain
+
+    if not store.is_absent():
+        return
+    if isinstance(settings, Pretrain):
+        name = settings.data.corpus
+        missing = f"Corpus {name!r} is not built"
+        command = f"tessera corpus build data_manifests/{name}.yaml --root {store.url}"
+    else:
+        missing = f"Base {settings.base!r} is not trained"
+        command = f"tessera train EXPERIMENT --root {store.url}"
+    raise InputError(
+        f"{missing} in {place_named(store)}; correct --root or TESSERA_ROOT, or begin there with "
+        f"`{command}`."
+    )
 
 
 def workers_to_start(gpus: int | None) -> Plan | None:

@@ -16,6 +16,7 @@ _FINAL_ERRNO = _FULL | {
     errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
 }  # fmt: skip
 _FULL_CODES = {"QuotaExceeded", "XMinioStorageFull", "InsufficientStorage", "StorageFull"}
+_NO_KEYS = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}
 _PASSING_STATUS = {408, 409, 425, 429}
 _PASSING_CODES = {
     # throttling
@@ -52,6 +53,15 @@ class MismatchError(Exception):
 
 class BrokenAnswerError(Exception):
     """The store answered with success and nonsense."""
+
+
+class UnusableRootError(StoreError):
+    """The root cannot be used as it is named or set up, on this machine or on any other.
+
+    Final (2): only a person can give another one, its keys or its permissions.
+    """
+
+    exit_code = 2
 
 
 def answer_of(error: BaseException) -> tuple[int, str]:
@@ -126,6 +136,8 @@ def sentence(
         return StoreError(
             f"No space is left for {path} in {written_to or url}; free some space and start again."
         )
+    if unusable := _unusable(error, path, url, written_to):
+        return unusable
     if isinstance(error, PermissionError):
         return StoreError(
             f"{url} refused access to {path} ({_line(error)}); check the keys and the bucket's "
@@ -141,6 +153,30 @@ def sentence(
     else:
         advice = "use another folder or path"
     return StoreError(f"{url} failed on {path}: {_line(error)}; {advice}.")
+
+
+def _unusable(
+    error: Exception, path: str, url: str, written_to: str | None
+) -> UnusableRootError | None:
+    """The sentence for a root that nothing but a person can put right."""
+    name = type(error).__name__
+    if name in _NO_KEYS:
+        return UnusableRootError(
+            f"There are no credentials for {url} ({_line(error)}); looked for AWS_ACCESS_KEY_ID "
+            "and AWS_SECRET_ACCESS_KEY, then for the profile AWS_PROFILE in ~/.aws: set one of "
+            "them."
+        )
+    if name == "ParamValidationError" and "Invalid bucket name" in str(error):
+        return UnusableRootError(
+            f"{url} names no possible bucket; give s3://bucket/prefix in --root or TESSERA_ROOT."
+        )
+    is_folder = "://" not in url and not written_to
+    if is_folder and isinstance(error, OSError) and error.errno in _FINAL_ERRNO:
+        return UnusableRootError(
+            f"{url} cannot be used for {path} ({_line(error)}); give a folder that can be read and "
+            "written in --root or TESSERA_ROOT, or correct its permissions."
+        )
+    return None
 
 
 def _line(error: Exception) -> str:

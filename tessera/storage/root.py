@@ -47,6 +47,11 @@ class Root:
         """
         limits = Limits(attempts, longest_wait_s, timeout_s or timeout_from_environment())
         is_s3 = url.startswith(("s3://", "s3a://"))
+        if is_s3 and not url.split("/")[2]:
+            raise InputError(
+                f"The root {url!r} names no bucket; give s3://bucket/prefix in --root or "
+                "TESSERA_ROOT."
+            )
         settings: dict[str, Any] = {"use_listings_cache": False} if "://" in url else {}
         try:
             fs, base = fsspec.core.url_to_fs(url, **(options(limits) if is_s3 else settings))
@@ -103,6 +108,10 @@ class Root:
     def local_path(self, path: str) -> Path | None:
         """Where an object lies if the root is a folder, so that it can be read in place."""
         return Path(self.base, _checked(path)) if self.is_local else None
+
+    def is_absent(self) -> bool:
+        """Whether the root is a folder that does not exist; the first write makes it."""
+        return self.is_local and not os.path.lexists(self.base)
 
     def size(self, path: str) -> int:
         """Bytes of an object."""

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from tessera.errors import StoreError
 from tessera.storage.digests import CHUNK, sha256_bytes, sha256_file
 from tessera.storage.faults import MismatchError, is_taken
-from tessera.storage.local import copy_local, create_local, publish_local
+from tessera.storage.local import StandingFolder, copy_local, create_local, publish_local
 from tessera.storage.retry import Caller
 
 DOWNLOADS = 3
@@ -221,20 +221,33 @@ class FsspecStore:
 
 
 class FolderStore(FsspecStore):
-    """A folder: a write is a temporary file, ``fsync`` and a rename; nothing is read back."""
+    """A folder: a write is a temporary file, ``fsync`` and a rename; nothing is read back.
+
+    One that was there and vanished is a store that is down: no write makes it again.
+    """
+
+    def __init__(self, fs: Any, base: str, caller: Caller) -> None:
+        super().__init__(fs, base, caller)
+        self._folder = StandingFolder(Path(base))
 
     def publish(self, path: str, data: bytes) -> None:
         """Write or replace an object."""
-        self._caller.call(path, lambda: publish_local(Path(self._full(path)), data))
+        target = Path(self._full(path))
+        self._caller.call(path, lambda: publish_local(target, data, self._folder))
 
     def create(self, path: str, data: bytes) -> bool:
         """Write an object that must not exist; False if it does."""
-        return self._caller.call(path, lambda: create_local(Path(self._full(path)), data))
+        target = Path(self._full(path))
+        return self._caller.call(path, lambda: create_local(target, data, self._folder))
 
     def upload(self, local: Path, path: str, *, link: bool, on_bytes: Progress | None) -> None:
         """Copy a local file, or link it."""
         target = Path(self._full(path))
-        self._caller.call(path, lambda: copy_local(local, target, link=link, on_bytes=on_bytes))
+
+        def once() -> None:
+            copy_local(local, target, link=link, on_bytes=on_bytes, root=self._folder)
+
+        self._caller.call(path, once)
 
     def delete_folder(self, prefix: str) -> None:
         """Remove the folder and what a killed process left in it."""

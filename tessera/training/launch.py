@@ -21,6 +21,9 @@ worker when the machine of a peer is gone.
 
 Told to stop (SIGTERM, SIGINT), the parent passes the signal on once, waits for the grace period and
 leaves with 75. Workers are sessions of their own, so a Ctrl-C reaches them only through the parent.
+
+A parent that was killed can pass nothing on, and workers that lived on would train beside the next
+attempt: each watches for its parent and leaves when it is gone (``leave_with_the_launcher``).
 """
 
 from __future__ import annotations
@@ -29,9 +32,12 @@ import dataclasses
 import logging
 import math
 import os
+import select
 import signal
 import sys
 import tempfile
+import threading
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -49,12 +55,15 @@ PEER_LOST = 76
 
 DEFAULT_PORT = 29571
 PORT_VARIABLE = "TESSERA_MASTER_PORT"
+LAUNCHER_VARIABLE = "TESSERA_LAUNCHER_PID"
+"""Process id of ``launch``, from it to its workers and to nobody else."""
 _RETRY = RetryElsewhereError.exit_code
 _FINAL = (InputError.exit_code, DivergedError.exit_code)
 _TOLD = (-signal.SIGTERM, -signal.SIGINT)
 _STOPPING_S = 10.0  # a worker that was stopped for another's failure is killed after 30 s
 _RENDEZVOUS_S = 900  # SkyPilot starts all machines within seconds, but setup may differ
 _LEAVING_S = 5  # between a worker's last save and its end
+_WATCH_S = 0.5  # between two looks for the launcher
 
 
 @dataclass(frozen=True)
@@ -156,8 +165,12 @@ def launch(plan: Plan, argv: Sequence[str], *, grace_s: float = 25.0) -> int:
     from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.launcher.api import elastic_launch
 
-    # What a worker has to say it says itself; torch's logger would add its own report of the exit.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # What a worker has to say it says itself; torch's loggers would add their own report of signals
+    # and exits. Some of them set their own level, so the way out is what is closed, for all.
+    chatter = logging.getLogger("torch.distributed.elastic")
+    chatter.propagate = False
+    if not chatter.handlers:  # with none at all, Python would print the records to stderr
+        chatter.addHandler(logging.NullHandler())
     with tempfile.TemporaryDirectory(prefix="tessera-launch-") as logs, _prepared(plan):
         try:
             elastic_launch(_config(plan, logs, grace_s), argv[0])(*argv[1:])
@@ -209,7 +222,7 @@ class _ToldError(Exception):
 
 @contextmanager
 def _prepared(plan: Plan) -> Iterator[None]:
-    """Signals that end in 75, threads for each worker, and no worker left when this is over."""
+    """Signals that end in 75, what workers inherit, and no worker left when this is over."""
     import psutil
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -219,9 +232,10 @@ def _prepared(plan: Plan) -> Iterator[None]:
     before = {child.pid for child in me.children()}
     names = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     handlers = {name: signal.signal(name, handle) for name in names}
-    threads = os.environ.get("OMP_NUM_THREADS")
-    if threads is None:  # every worker would take all cores
-        os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // plan.workers))
+    inherited = {LAUNCHER_VARIABLE: str(os.getpid())}
+    if "OMP_NUM_THREADS" not in os.environ:  # every worker would take all cores
+        inherited["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // plan.workers))
+    os.environ.update(inherited)
     try:
         yield
     finally:
@@ -233,5 +247,27 @@ def _prepared(plan: Plan) -> Iterator[None]:
         psutil.wait_procs(left, timeout=_LEAVING_S)
         for name, handler in handlers.items():
             signal.signal(name, handler)
-        if threads is None:
-            del os.environ["OMP_NUM_THREADS"]
+        for variable in inherited:
+            del os.environ[variable]
+
+
+def leave_with_the_launcher() -> None:
+    """End this process with 75 once the ``launch`` that started it is gone, whatever hangs then.
+
+    For a worker, as early as it can. Without a launcher of ours nothing happens.
+    """
+    launcher = os.environ.get(LAUNCHER_VARIABLE)
+    if launcher is None:
+        return
+
+    def watch() -> None:
+        # Compared with the number told, not with the parent met here: it may be gone already.
+        while str(os.getppid()) == launcher:
+            time.sleep(_WATCH_S)
+        try:  # only where there is room: a reader that stands still must not keep this one alive
+            if os.environ.get("LOCAL_RANK", "0") == "0" and select.select([], [2], [], 0)[1]:
+                os.write(2, b"\nthe command that started the workers is gone: leaving now\n")
+        finally:
+            os._exit(_RETRY)
+
+    threading.Thread(target=watch, name="launcher-watch", daemon=True).start()

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tessera.errors import InputError, RetryElsewhereError, TesseraError
-from tessera.training.launch import PEER_LOST
+from tessera.training.launch import PEER_LOST, leave_with_the_launcher
 
 T = TypeVar("T")
 
@@ -189,12 +189,14 @@ def join(device_type: str | None = None, timeout_s: float | None = None) -> Worl
 
     ``device_type`` is ``cuda`` or ``cpu``, by default the GPU if there is one. ``timeout_s`` (else
     TESSERA_WORKERS_TIMEOUT_S, else half an hour) is how long a worker waits for the others: one of
-    them may be downloading a checkpoint. Raises ``InputError`` for variables that cannot be used,
-    ``RetryElsewhereError`` if the others do not come.
+    them may be downloading a checkpoint. From here on a worker leaves once its launcher is gone.
+    Raises ``InputError`` for variables that cannot be used, ``RetryElsewhereError`` if the others
+    do not come.
     """
     kind = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return World(0, 1, 0, 1, torch.device(kind))
+    leave_with_the_launcher()
     missing = [name for name in _TORCHRUN if not os.environ.get(name)]
     if missing:
         raise InputError(
@@ -209,11 +211,14 @@ def join(device_type: str | None = None, timeout_s: float | None = None) -> Worl
         )
     device = torch.device(kind)
     if kind == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise InputError(
-                f"There are {local_size} workers on this machine and {torch.cuda.device_count()} "
-                "GPUs; start one worker a GPU (torchrun --nproc-per-node)."
+        gpus = torch.cuda.device_count()
+        if local_size > gpus:  # all refuse: those that have a GPU would only wait for the others
+            few = InputError(
+                f"There are {local_size} workers on this machine and {gpus} GPUs; start one "
+                "worker a GPU (--gpus, or torchrun's --nproc-per-node)."
             )
+            few.told_elsewhere = local_rank > 0
+            raise few
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=_timeout_s() if timeout_s is None else timeout_s)

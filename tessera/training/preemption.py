@@ -67,7 +67,8 @@ def listening(stop: StopRequest) -> Iterator[None]:
                 f"Stopped by {stop.signal} before the training began; nothing is lost, and the "
                 "same command starts it."
             )
-        _tell(b"\nstopping after this micro-step and saving; once more leaves at once\n")
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # each worker of a machine hears it
+            _tell(b"\nstopping after this micro-step and saving; once more leaves at once\n")
 
     before = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -21,7 +21,7 @@ from tessera.runs import Attempt, Ending, Run
 from tessera.storage import Root
 from tessera.tracking.journal import adopt
 from tessera.training.attempt import Start, Trainer
-from tessera.training.checkpoint.fetch import Loaded, fetch_checkpoint
+from tessera.training.checkpoint.fetch import Loaded, fetch_checkpoint, remove_finished
 from tessera.training.parallel import World, join, leave
 from tessera.training.preemption import StopRequest, listening
 from tessera.training.prepare import Prepared, prepare
@@ -60,6 +60,8 @@ def train(
         run = prepared.run
         ended = world.run_on_main(run.finished)
         if ended is not None:
+            if world.local_rank == 0:
+                remove_finished(run)  # another machine may have finished it
             leave(world)
             text = f"Run {run.id} is already finished ({ended.step} steps); use --new for another."
             return Result(run, 0, text)

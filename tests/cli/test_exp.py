@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -43,6 +44,18 @@ def test_an_empty_root_is_said_in_a_line(shell: Shell) -> None:
     assert code == 0
     assert out.startswith("No runs in ")
     assert shell.json("list") == []
+
+
+def test_a_root_that_does_not_exist_is_said(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    there = tmp_path / "root"
+    for exists in (False, True):
+        assert run_command(exp, ["list", "--root", str(there)]) == 0
+        out, _ = capfd.readouterr()
+        assert out.startswith(f"No runs in {there}")
+        assert ("which does not exist yet; correct --root" in " ".join(out.split())) is not exists
+        there.mkdir(exist_ok=True)
 
 
 def test_list_shows_losses_dollars_and_time(bench: Bench, shell: Shell) -> None:
@@ -203,7 +216,8 @@ def test_show_words_what_happened(bench: Bench, shell: Shell) -> None:
 @pytest.mark.parametrize(
     ("key", "details", "shown"),
     [
-        ("attempt/resumed", {"local": True}, "continued from this machine's disk, nothing lost"),
+        ("attempt/resumed", {"local": True},
+         "continued from this machine's disk, no recorded step lost"),
         ("attempt/resumed", {"lost_steps": 1, "lost_s": 2.0, "lost_usd": None},
          "continued from the root; 1 step lost (2 s)"),
         ("run/rolled_back", {"reason": "spike", "to_step": 1000}, "went back to step 1,000: spike"),
@@ -216,6 +230,11 @@ def test_show_words_what_happened(bench: Bench, shell: Shell) -> None:
 )  # fmt: skip
 def test_events_in_words_and_odd_ones_as_they_are(key: str, details: Any, shown: str) -> None:
     assert worded(key, details) == shown
+
+
+def test_a_run_that_had_no_checkpoint_started_again() -> None:
+    details = {"lost_steps": 20, "lost_s": 9.0, "lost_usd": None}
+    assert worded("attempt/resumed", details, 0) == "started again; 20 steps lost (9 s)"
 
 
 def test_of_many_events_the_last_are_shown(bench: Bench, shell: Shell) -> None:

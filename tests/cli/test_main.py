@@ -277,6 +277,15 @@ def test_describe_of_a_fine_tuning() -> None:
         ("tessera describe experiments/smoke.yaml --set tokens", "--set 'tokens'"),
         ("tessera train none.yaml", "none.yaml does not exist"),
         ("tessera train experiments/smoke.yaml --set seed=x", "seed"),
+        (
+            "tessera train experiments/smoke.yaml",
+            "Corpus 'sample' is not built in {here}/.tessera, which does not exist yet; ",
+        ),
+        ("tessera train experiments/smoke.yaml --gpus 2 --root none", "none, which does not exist"),
+        ("tessera train experiments/tessera_1b_sft.yaml --root none", "none, which does not exist"),
+        ("tessera train experiments/smoke.yaml --root=", "The root is empty; "),
+        ("tessera-exp list --root=", "The root is empty; "),
+        ("tessera corpus list --root s3://", "'s3://' names no bucket"),
         ("tessera corpus build none.yaml", "none.yaml"),
         ("tessera corpus verify sample", "sample"),
         ("tessera corpus list --root pyproject.toml", "pyproject.toml' is a file"),
@@ -306,7 +315,25 @@ def test_bad_input_is_one_line_and_exit_code_2(
     (line,) = printed.err.splitlines()
     assert line.startswith("Error: ")
     assert line.endswith(".")
-    assert says in line
+    assert says.format(here=tmp_path) in line
+
+
+def test_an_empty_root_is_refused_although_a_variable_names_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TESSERA_ROOT", str(tmp_path))
+    assert run_command(exp, ["list"]) == 0
+    assert run_command(exp, ["list", "--root", ""]) == 2
+    assert capsys.readouterr().err.startswith("Error: The root is empty; ")
+
+
+def test_an_empty_variable_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TESSERA_ROOT", "")
+    assert run_command(exp, ["list"]) == 0
+    assert f"{tmp_path}/.tessera" in "".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("command", ["tessera train", "tessera describe"])

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tessera.corpus.build import build
@@ -39,8 +40,8 @@ Disturbance(halt_before={before}).install(setattr)
 """
 
 
-def stop_after(bench: Bench, gpus: int, step: int, *settings: str) -> int:
-    """Start, stop with SIGTERM once a checkpoint of ``step`` or later is whole; the exit code.
+def start_and_halt(bench: Bench, gpus: int, step: int, *settings: str) -> subprocess.Popen[bytes]:
+    """Start; return once a checkpoint of ``step`` or later is whole.
 
     Every worker stands still some steps later until it is told to stop: they take milliseconds.
     """
@@ -54,6 +55,12 @@ def stop_after(bench: Bench, gpus: int, step: int, *settings: str) -> int:
         assert process.poll() is None, "it ended too early"
         assert time.monotonic() < deadline, "no checkpoint came"
         time.sleep(0.02)
+    return process
+
+
+def stop_after(bench: Bench, gpus: int, step: int, *settings: str) -> int:
+    """Stop with SIGTERM once a checkpoint of ``step`` or later is whole; the exit code."""
+    process = start_and_halt(bench, gpus, step, *settings)
     process.send_signal(signal.SIGTERM)
     return process.wait(60)
 
@@ -123,3 +130,31 @@ def test_bad_input_is_one_sentence_of_one_worker(
     assert done.returncode == 2
     assert said.count("Error: Corpus 'nowhere' is not built in ") == 1
     assert "Traceback" not in said
+
+
+def test_workers_do_not_outlive_a_command_that_was_killed(
+    tmp_path: Path, corpus_root: Path
+) -> None:
+    bench = workplace(tmp_path / "b", corpus_root)
+    process = start_and_halt(bench, 2, 5)
+    workers = psutil.Process(process.pid).children()
+    try:
+        assert len(workers) == 2
+        process.kill()
+        assert process.wait(30) == -signal.SIGKILL
+        deadline = time.monotonic() + 60
+        while any(_runs(worker) for worker in workers):
+            assert time.monotonic() < deadline, "workers live on"
+            time.sleep(0.05)
+    finally:
+        for worker in workers:
+            if worker.is_running():
+                worker.kill()
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Whether it is there and no zombie: nobody may be left who asks for its exit code."""
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tessera.errors import DamagedError, NotFoundError, StoreError
+from tessera.errors import DamagedError, InputError, NotFoundError, StoreError
 from tessera.storage import Root, sha256_bytes
 from tessera.storage.retry import Caller, Limits, at_once
 from tests.storage.helpers import (
@@ -148,6 +148,61 @@ def test_no_keys_for_a_bucket_is_a_sentence(
         root.exists("runs")
     assert "s3://bucket/prefix" in sentence(error)
     assert "credentials" in sentence(error)
+    assert "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in sentence(error)
+    assert error.value.exit_code == 2, "nothing finds keys by trying again"
+
+
+def test_half_of_the_keys_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a-key-for-tests-only")
+    with pytest.raises(StoreError) as error:
+        Root("s3://bucket/prefix", attempts=1).exists("runs")
+    assert "AWS_SECRET_ACCESS_KEY" in sentence(error)
+    assert error.value.exit_code == 2
+
+
+@pytest.mark.parametrize("url", ["s3://", "s3:///", "s3:///prefix", "s3a://"])
+def test_a_bucket_without_a_name_is_refused(url: str) -> None:
+    with pytest.raises(InputError) as error:
+        Root(url)
+    assert f"{url!r} names no bucket" in sentence(error)
+
+
+def test_a_bucket_that_cannot_be_is_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a-key-for-tests-only")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-secret-for-tests-only")
+    with pytest.raises(StoreError) as error:
+        Root("s3://no bucket!/prefix", attempts=1).exists("runs")
+    assert sentence(error).startswith("s3://no bucket!/prefix names no possible bucket; ")
+    assert error.value.exit_code == 2
+
+
+@pytest.mark.parametrize("write", ["publish", "create", "put_file"])
+def test_a_folder_that_cannot_be_written_is_bad_input(write: str) -> None:
+    """Permissions do not bind whoever is root; the kernel's own folder binds everybody."""
+    root = Root("/sys/tessera-test")
+    assert root.is_absent()
+    acts: dict[str, Callable[[], object]] = {
+        "publish": lambda: root.publish("runs/a.json", b"{}"),
+        "create": lambda: root.create("runs/a.json", b"{}"),
+        "put_file": lambda: root.put_file(Path(__file__), "runs/a.json"),
+    }
+    with pytest.raises(StoreError) as error:
+        acts[write]()
+    assert sentence(error).startswith("/sys/tessera-test cannot be used for runs/a.json (")
+    assert "--root or TESSERA_ROOT" in sentence(error)
+    assert error.value.exit_code == 2
+
+
+def test_a_full_disk_may_heal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Root(str(tmp_path))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("tessera.storage.stores.publish_local", full)
+    with pytest.raises(StoreError) as error:
+        root.publish("a", b"")
+    assert error.value.exit_code == 75
 
 
 # -- how long it is tried --------------------------------------------------------------------------

@@ -433,6 +433,41 @@ def test_a_torn_last_line_is_left_out_by_adopt(run: Run) -> None:
     assert values(run) == [1, 2]
 
 
+def test_a_root_that_is_away_at_the_end_gets_everything_when_it_is_back(
+    run: Run, cache: Path
+) -> None:
+    journal = Journal(run, "1-aa", upload_every_s=NEVER)
+    journal.metric("train/loss", 1.0, 1)
+    journal.flush()
+    base = Path(run.root.base)
+    away = base.rename(base.with_name("away"))
+    journal.metric("train/loss", 2.0, 2)
+    assert not journal.flush_within(60)
+    assert "is gone" in str(journal.last_error)
+    journal.close(quiet=True)
+    assert not base.exists()
+    assert spooled(cache) == ["000000.jsonl", "lock"]
+    away.rename(base)
+    assert values(run) == [1.0]
+    assert adopt(run) == ["1-aa"]
+    assert values(run) == [1.0, 2.0]
+    assert spooled(cache) == []
+
+
+def test_a_root_that_is_back_in_time_gets_everything_from_the_attempt_itself(run: Run) -> None:
+    journal = Journal(run, "1-aa", upload_every_s=NEVER)
+    journal.metric("train/loss", 1.0, 1)
+    journal.flush()
+    base = Path(run.root.base)
+    away = base.rename(base.with_name("away"))
+    journal.metric("train/loss", 2.0, 2)
+    with pytest.raises(StoreError, match="is gone"):
+        journal.flush()
+    away.rename(base)
+    journal.close()
+    assert values(run) == [1.0, 2.0]
+
+
 def test_adopt_does_not_shorten_what_the_root_has(run: Run) -> None:
     path = run.path("journal", "1-aa", "000000.jsonl")
     run.root.publish(path, line(1) + line(2) + line(3))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,6 +16,7 @@ import pytest
 
 from tessera.errors import RetryElsewhereError, StoreError
 from tessera.runs import CheckpointRef
+from tessera.tracking.journal import Journal
 from tessera.training.checkpoint import saver
 from tessera.training.checkpoint.files import local_checkpoints, local_folder, prune_local
 from tessera.training.program import Prefetcher
@@ -106,6 +109,40 @@ def test_a_finished_run_leaves_no_checkpoint_on_the_local_disk(bench: Bench) -> 
     run = bench.train().run
     assert not local_folder(run).exists()
     assert bench.checkpoints(run) == [25, 20]
+
+
+def test_a_run_that_another_machine_finished_leaves_none_here_either(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.crash(12)
+    run = bench.only_run()
+    assert [ref.step for ref in local_checkpoints(run)] == [10]
+    with monkeypatch.context() as patch:
+        patch.setenv("TESSERA_CACHE", str(bench.folder / "another-machine"))
+        assert bench.train().exit_code == 0
+    assert [ref.step for ref in local_checkpoints(run)] == [10]
+
+    alive = Journal(run, "9-aa")
+    assert "already finished" in bench.train().text
+    assert local_folder(run).exists(), "what an attempt that lives writes is not taken from it"
+    alive.close()
+    assert "already finished" in bench.train().text
+    assert not local_folder(run).exists()
+    assert bench.checkpoints(run) == [25, 20]
+
+
+def test_too_little_room_is_said_in_units_that_fit(
+    bench: Bench, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = shutil.disk_usage(bench.folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: plain._replace(free=123_456))
+    done = bench.command(capfd)
+    assert done.code == 0
+    assert re.search(
+        r"cache has room for 123 kB, checkpoints may take \d\.\d MB; free some space or point "
+        "TESSERA_CACHE at a larger disk, or saves will fail",
+        done.err,
+    )
 
 
 def test_a_damaged_journal_of_the_dead_attempt_does_not_forbid_to_continue(

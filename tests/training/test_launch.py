@@ -9,10 +9,20 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tessera.errors import InputError
-from tessera.training.launch import PEER_LOST, Failure, Plan, launch, needs_launch, verdict
+from tessera.training.launch import (
+    LAUNCHER_VARIABLE,
+    PEER_LOST,
+    Failure,
+    Plan,
+    launch,
+    needs_launch,
+    verdict,
+)
+from tessera.training.parallel import join
 
 SKY = {
     "SKYPILOT_NUM_NODES": "2",
@@ -79,6 +89,20 @@ def test_no_gpu_at_all_is_refused() -> None:
         Plan.on_this_machine(0)
 
 
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_more_workers_than_gpus_are_refused_by_all_and_told_once(
+    rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    sizes = {"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}
+    for name, value in {**where, **sizes, "RANK": str(rank), "LOCAL_RANK": str(rank)}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="3 workers on this machine and 2 GPUs") as caught:
+        join("cuda")
+    assert caught.value.told_elsewhere == (rank > 0)
+
+
 @pytest.mark.parametrize(
     ("failures", "nodes", "code"),
     [
@@ -140,6 +164,7 @@ def test_the_workers_code_is_the_machines(
         (worker.parent / f"code.{rank}").write_text(str(code))
     before = signal.getsignal(signal.SIGTERM)
     assert launch(Plan.on_this_machine(2), [sys.executable, str(worker)]) == expected
+    assert LAUNCHER_VARIABLE not in os.environ
     assert signal.getsignal(signal.SIGTERM) is before
     if codes == {1: -9}:  # the healthy one was told to stop, and had time to
         assert (worker.parent / "saved.0").exists()
@@ -172,12 +197,15 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def test_a_signal_to_the_parent_lets_every_worker_save(worker: Path) -> None:
+def test_a_signal_to_the_parent_lets_every_worker_save(
+    worker: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     parent, pids = _start(worker, 20)
     parent.send_signal(signal.SIGTERM)
     assert parent.wait(30) == 75
     assert sorted(p.name for p in worker.parent.glob("saved.*")) == ["saved.0", "saved.1"]
     assert not any(_alive(pid) for pid in pids)
+    assert "death signal" not in capfd.readouterr().err  # torch's own report of it
 
 
 def test_a_worker_that_does_not_listen_is_killed_after_the_grace_period(worker: Path) -> None:
@@ -197,6 +225,64 @@ def test_a_parent_told_again_and_again_leaves_no_worker_behind(worker: Path) -> 
         time.sleep(1)
     assert parent.wait(10) == 75
     assert not any(_alive(pid) for pid in pids)
+
+
+HANGING = """
+import os, pathlib, torch
+import torch.distributed as dist
+from tessera.training.parallel import join
+world = join("cpu")
+pid = pathlib.Path(__file__).with_name(f"pid.{world.rank}")
+pid.write_text(f"{os.getpid()} {world.size}")
+dist.recv(torch.zeros(1), src=1 - world.rank)  # each waits for the other, who sends nothing
+"""
+
+
+def test_workers_in_a_hanging_collective_leave_when_the_parent_is_killed(worker: Path) -> None:
+    worker.write_text(HANGING)
+    parent, pids = _start(worker, 20)
+    workers = [psutil.Process(pid) for pid in pids]
+    try:
+        assert [process.ppid() for process in workers] == [parent.pid, parent.pid]
+        parent.kill()
+        assert parent.wait(30) == -signal.SIGKILL
+        until = time.monotonic() + 60
+        while left := [process for process in workers if _runs(process)]:
+            assert time.monotonic() < until, f"{len(left)} workers live on"
+            time.sleep(0.05)
+    finally:
+        parent.kill()
+        for process in workers:
+            if process.is_running():
+                process.kill()
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Whether it is there and no zombie: nobody may be left who asks for its exit code."""
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.parametrize(("local_rank", "sentences"), [("0", 1), ("1", 0)])
+def test_a_worker_whose_parent_was_gone_before_it_looked_leaves_with_75(
+    local_rank: str, sentences: int
+) -> None:
+    orphan = (
+        "import time\n"
+        "from tessera.training.launch import leave_with_the_launcher\n"
+        "leave_with_the_launcher()\n"
+        "time.sleep(60)\n"
+    )
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    environ = os.environ | {LAUNCHER_VARIABLE: str(gone.pid), "LOCAL_RANK": local_rank}
+    done = subprocess.run(
+        [sys.executable, "-c", orphan], env=environ, check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 75
+    assert done.stderr.count("the command that started the workers is gone") == sentences
 
 
 def test_two_machines_share_one_training(worker: Path) -> None:

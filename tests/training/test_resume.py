@@ -258,8 +258,8 @@ def test_an_attempt_that_is_superseded_stops_and_publishes_nothing_more(
     mine, other = run.attempts()
     assert stopped.code == 2
     assert stopped.err == (
-        f"Error: Attempt {mine.id} of run {run.id} stops: attempt {other.id} took over. Nothing is "
-        "lost; this machine can be released.\n"
+        f"Error: Attempt {mine.id} of run {run.id} stops: attempt {other.id} took over. It "
+        "continues from the run's last checkpoint; this machine can be released.\n"
     )
     assert bench.checkpoints(run) == kept
     assert not bench.root.exists(run.path("model"))

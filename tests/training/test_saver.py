@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -92,9 +93,40 @@ def test_a_damaged_local_one_is_passed_over(
     damage(local_folder(run) / newest.name / name)
     done = bench.command(capfd, *as_options(*OFTEN))
     assert done.code == 0
-    assert "The local checkpoint of step 12 is passed over: " in done.err
+    (said,) = re.findall("The local checkpoint of step 12 is passed over: .*", done.err)
+    assert said.endswith(
+        "; the run continues from that of step 10 in the root, and nothing needs doing."
+    )
     assert "continuing at step 10 of 30 from the root (attempt 2)" in done.err
     assert resumptions(bench) == [(10, False)]
+    assert_as_if_undisturbed(bench, whole)
+
+
+def test_a_damaged_one_in_the_root_asks_for_nothing_while_there_is_another(bench: Bench) -> None:
+    bench.crash(12)
+    bench.forget_local()
+    run = bench.only_run()
+    flip(Path(bench.root.base) / run.path(run.checkpoints()[0].folder) / "__0_0.distcp")
+    bench.train()
+    (event,) = bench.events(run, "checkpoint/damaged")
+    assert re.fullmatch(
+        r"The checkpoint of step 10 is passed over: \S+ in \S+ has sha256 \w+, expected \w+; the "
+        r"run continues from that of step 5 in the root, and nothing needs doing\.",
+        event.value["reason"],
+    )
+
+
+def test_a_damaged_one_without_another_means_to_start_again(
+    bench: Bench, whole: Whole, capfd: pytest.CaptureFixture[str]
+) -> None:
+    bench.crash(4, *OFTEN)
+    run = bench.only_run()
+    (only,) = local_checkpoints(run)
+    flip(local_folder(run) / only.name / "__0_0.distcp")
+    done = bench.command(capfd, *as_options(*OFTEN))
+    assert done.code == 0
+    (said,) = re.findall("The local checkpoint of step 2 is passed over: .*", done.err)
+    assert said.endswith("; there is no other, so the run starts again, and nothing needs doing.")
     assert_as_if_undisturbed(bench, whole)
 
 
@@ -123,6 +155,55 @@ def test_a_local_one_whose_records_are_not_in_the_root_does_not_count(
     assert resumptions(bench) == [(10, False)]
     (event,) = bench.events(run, "checkpoint/damaged")
     assert "records that it covers" in event.value["reason"]
+    assert_as_if_undisturbed(bench, whole)
+
+
+def test_what_was_saved_here_while_the_root_was_away_counts_when_it_is_back(
+    bench: Bench, whole: Whole
+) -> None:
+    base = Path(bench.root.base)
+    away = base.with_name("away")
+
+    def pull(_: Loop) -> None:
+        base.rename(away)
+
+    def die(_: Loop) -> None:
+        raise RuntimeError("the plug")
+
+    with pytest.MonkeyPatch.context() as patch:
+        bench.before_step(13, pull, patch)
+        bench.before_step(17, die, patch)
+        with pytest.raises(RuntimeError, match="the plug"):
+            bench.train(*OFTEN)
+    assert not base.exists(), "a run does not begin another root"
+    away.rename(base)
+    run = bench.only_run()
+    assert (here(run), bench.checkpoints(run)) == ([16], [10, 5])
+    assert bench.events(run, "checkpoint/failed") == [], "the root has not heard of it yet"
+    bench.train(*OFTEN)
+    assert resumptions(bench) == [(16, True)]
+    assert [event.step for event in bench.events(run, "checkpoint/failed")] == [15]
+    assert_as_if_undisturbed(bench, whole)
+
+
+def test_a_run_whose_root_is_away_at_its_end_is_finished_when_it_is_back(
+    bench: Bench, whole: Whole
+) -> None:
+    base = Path(bench.root.base)
+    away = base.with_name("away")
+
+    def pull(_: Loop) -> None:
+        base.rename(away)
+
+    with pytest.MonkeyPatch.context() as patch:
+        bench.before_step(27, pull, patch)
+        with pytest.raises(StoreError) as raised:
+            bench.train(*OFTEN)
+    assert raised.value.exit_code == 75
+    assert not base.exists()
+    away.rename(base)
+    assert bench.train(*OFTEN).exit_code == 0
+    assert resumptions(bench) == [(28, True)]
     assert_as_if_undisturbed(bench, whole)
 
 
@@ -257,7 +338,9 @@ def test_a_disk_that_fills_up_costs_a_checkpoint_and_not_the_run(
     assert failed.step == 10
     reason = failed.value["reason"]
     assert reason.startswith("No checkpoint at step 10: it cannot be written to ")
-    assert reason.endswith("[Errno 27] File too large.")
+    assert reason.endswith(
+        "[Errno 27] File too large; free some space or point TESSERA_CACHE at a larger disk."
+    )
     assert not list(bench.cache.glob("checkpoints/*/*/*.partial"))
     assert [event.step for event in bench.events(run, "checkpoint/published")] == [5, 15, 20, 25]
     assert_as_if_undisturbed(bench, whole)

@@ -51,7 +51,7 @@ class Loaded:
 def fetch_checkpoint(
     run: Run, *, local: bool = True, only: CheckpointRef | None = None
 ) -> tuple[Loaded | None, list[str]]:
-    """The furthest whole checkpoint, verified locally, and a sentence for each damaged one.
+    """The furthest whole checkpoint, verified locally, and a sentence for each passed over.
 
     None if the run has none; if all are damaged that is a ``DamagedError``, because starting again
     from zero would silently throw the run away. Call it after what dead attempts left was adopted.
@@ -65,25 +65,42 @@ def fetch_checkpoint(
     for ref in refs:
         if ref in here:
             try:
-                return _open_local(run, ref), notes
+                return _continued(_open_local(run, ref), notes)
             except (DamagedError, FileNotFoundError) as error:
                 if (local_folder(run) / ref.name).exists():  # else an attempt that lives dropped it
-                    notes.append(f"The local checkpoint of step {ref.step} is passed over: {error}")
+                    what = f"The local checkpoint of step {ref.step}"
+                    notes.append(f"{what} is passed over: {_fault(error)}")
                     drop_local(run, ref)
         if ref in in_root:
             try:
-                return _download(run, ref, _own_folder(run, ref, local)), notes
+                return _continued(_download(run, ref, _own_folder(run, ref, local)), notes)
             except (DamagedError, NotFoundError) as error:  # an outage is not damage: it ends here
                 if isinstance(error, NotFoundError) and ref not in run.checkpoints():
                     # a living attempt dropped it for a newer one
                     return fetch_checkpoint(run, local=local)
-                notes.append(f"The checkpoint of step {ref.step} is passed over: {error}")
+                notes.append(f"The checkpoint of step {ref.step} is passed over: {_fault(error)}")
     if in_root:
         raise DamagedError(
             f"None of the {len(in_root)} checkpoints of run {run.id} is whole ({notes[-1]}); "
             "restore one from a backup, or start another run with --new."
         )
-    return None, notes
+    return _continued(None, notes)
+
+
+def _fault(error: Exception) -> str:
+    """What is wrong, without what to do: an error's advice is for who has nothing else."""
+    said = str(error)
+    return said.rpartition("; ")[0] or said.rstrip(".")
+
+
+def _continued(loaded: Loaded | None, notes: list[str]) -> tuple[Loaded | None, list[str]]:
+    """``loaded`` and the notes as sentences that say where the run goes on instead."""
+    if loaded is None:
+        end = "there is no other, so the run starts again"
+    else:
+        where = "on this machine's disk" if loaded.local else "in the root"
+        end = f"the run continues from that of step {loaded.ref.step} {where}"
+    return loaded, [f"{note}; {end}, and nothing needs doing." for note in notes]
 
 
 def clean_up(run: Run) -> None:
@@ -97,6 +114,15 @@ def clean_up(run: Run) -> None:
             shutil.rmtree(folder, ignore_errors=True)
     for folder in (local_folder(run), _resume_folder(run)):
         require_writable(folder)
+
+
+def remove_finished(run: Run) -> None:
+    """Remove the checkpoints of a run that is finished, perhaps elsewhere, from this disk.
+
+    Not while an attempt of it is alive here: that one notices by itself that it is not needed.
+    """
+    if not alive_here(run):
+        shutil.rmtree(local_folder(run), ignore_errors=True)
 
 
 def _resume_folder(run: Run) -> Path:

@@ -9,6 +9,7 @@ file's digest that also makes the checkpoint whole in the root.
 
 from __future__ import annotations
 
+import errno
 import shutil
 import threading
 import warnings
@@ -38,6 +39,7 @@ COMPLETE = "COMPLETE"
 FORMAT = "tessera-checkpoint-2"
 WRITERS = 8
 """Files, and threads writing them: one thread does not fill a fast disk."""
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _WRITER = "_write_files_from_queue"  # in the names of torch's writer threads
 
 Entries = dict[str, dict[str, Any]]
@@ -92,9 +94,7 @@ def write_tensors(
             file.name: {"sha256": sha256_file(file), "bytes": file.stat().st_size} for file in own
         }
     except (OSError, CheckpointException) as error:
-        raise StoreError(
-            f"it cannot be written to {folder.parent}: {first_cause(error)}"
-        ) from error
+        raise StoreError(_unwritten(folder.parent, error)) from error
 
 
 @contextmanager
@@ -141,8 +141,17 @@ def finish_local(run: Run, ref: CheckpointRef, record: Mapping[str, Any]) -> Pat
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     except OSError as error:
-        raise StoreError(f"it cannot be written to {folder.parent}: {error}") from error
+        raise StoreError(_unwritten(folder.parent, error)) from error
     return folder
+
+
+def _unwritten(folder: Path, error: BaseException) -> str:
+    """What the disk said and what helps; the sentence of whoever reports it goes around."""
+    cause = first_cause(error)
+    full = getattr(cause, "errno", None) in _FULL
+    advice = "free some space or point TESSERA_CACHE at a larger disk"
+    other = "point TESSERA_CACHE at a folder that can be written"
+    return f"it cannot be written to {folder}: {cause}; {advice if full else other}"
 
 
 def seal(

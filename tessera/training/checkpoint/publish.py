@@ -29,7 +29,7 @@ def guard_publication(run: Run, attempt: Attempt) -> None:
     if other is not None:
         raise SupersededError(
             f"Attempt {attempt.id} of run {run.id} stops: attempt {other} took over. "
-            "Nothing is lost; this machine can be released."
+            "It continues from the run's last checkpoint; this machine can be released."
         )
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from tessera.errors import StoreError, SupersededError, TesseraError
 from tessera.experiment import Checkpoint
 from tessera.ledger.traffic import UP_BYTES, checkpoint_sentence
+from tessera.ledger.traffic import size as bytes_text
 from tessera.runs import Attempt, CheckpointRef, Run
 from tessera.storage import cache_folder
 from tessera.tracking.journal import Journal
@@ -105,8 +106,8 @@ class Saver:
         have = shutil.disk_usage(cache_folder()).free + local_bytes(self._run)
         if have < due:
             self._say(
-                f"{cache_folder()} has room for {have / 1e9:.1f} GB, checkpoints may take "
-                f"{due / 1e9:.1f} GB; free some space or point TESSERA_CACHE at a larger disk, or "
+                f"{cache_folder()} has room for {bytes_text(have)}, checkpoints may take "
+                f"{bytes_text(due)}; free some space or point TESSERA_CACHE at a larger disk, or "
                 "saves will fail"
             )
 
