@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 
 import torch
 
@@ -62,15 +66,48 @@ class Subject:
     price: HourlyPrice
 
 
+class _CtrlC:
+    """Ctrl-C as something to look at between two units of work; a second one interrupts at once.
+
+    An exception out of the blue can be lost: libraries swallow one that comes while they import or
+    clean up.
+    """
+
+    def __init__(self) -> None:
+        self._pressed = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Only the main thread can be told; elsewhere nothing changes."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGINT, self._press)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def look(self) -> None:
+        """``KeyboardInterrupt`` if it was pressed."""
+        if self._pressed:
+            raise KeyboardInterrupt
+
+    def _press(self, number: int, frame: FrameType | None) -> None:
+        self.look()
+        self._pressed = True
+
+
 class _Count:
     """How far it is."""
 
-    def __init__(self, told: Told) -> None:
-        self._told, self._what = told, ""
+    def __init__(self, told: Told, ctrl_c: _CtrlC) -> None:
+        self._told, self._what, self._ctrl_c = told, "", ctrl_c
         self.total = self._done = 0
 
     def begin(self, what: str, units: int = 0) -> None:
         """``what`` is being measured from now on, ``units`` of work more than were known."""
+        self._ctrl_c.look()
         self._what, self.total = what, self.total + units
         self._told(what, self._done, self.total)
 
@@ -80,6 +117,7 @@ class _Count:
 
     def reach(self, done: int, what: str | None = None) -> None:
         """All units up to ``done`` are done, or will not be."""
+        self._ctrl_c.look()
         self._done = done
         self._told(what or self._what, self._done, self.total)
 
@@ -88,7 +126,8 @@ class Bench:
     """Measures one subject; ``document`` holds what has been measured so far, at any moment."""
 
     def __init__(self, subject: Subject, told: Told, *, quick: bool = False) -> None:
-        self._subject, self._count = subject, _Count(told)
+        self._ctrl_c = _CtrlC()
+        self._subject, self._count = subject, _Count(told, self._ctrl_c)
         self._experiment, self._device = subject.experiment, subject.device
         if self._experiment.deterministic:
             be_deterministic()
@@ -110,7 +149,8 @@ class Bench:
     def ladder(self, techniques: Sequence[Technique], steps: int) -> None:
         """Every technique in turn, ``steps`` measured steps each; Ctrl-C ends it early."""
         try:
-            self._ladder(techniques, steps)
+            with self._ctrl_c.listening():
+                self._ladder(techniques, steps)
         except KeyboardInterrupt:
             self.document["interrupted"] = True
         best = best_of(self._rows)
@@ -119,7 +159,8 @@ class Bench:
     def quick(self, steps: int) -> None:
         """The experiment's own settings, projected from few layers; Ctrl-C ends it early."""
         try:
-            self._quick(steps)
+            with self._ctrl_c.listening():
+                self._quick(steps)
         except KeyboardInterrupt:
             self.document["interrupted"] = True
 
