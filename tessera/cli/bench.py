@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from tessera.cli.common import epilog, json_option, print_json
+from tessera.cli.common import epilog, json_option, not_empty, print_json
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +35,7 @@ _INTERRUPTED = 130
     metavar="KEY=VALUE",
     help="Override one setting, for example --set batch.micro_batch=8; may be repeated.",
 )
-@click.option("--quick", is_flag=True, help="Under 30 s: the experiment's settings, projected.")
+@click.option("--quick", is_flag=True, help="The short form: the experiment's settings, projected.")
 @click.option(
     "--steps",
     type=click.IntRange(min=2),
@@ -48,6 +48,7 @@ _INTERRUPTED = 130
     "--root",
     envvar="TESSERA_ROOT",
     metavar="URL",
+    callback=not_empty,
     help="Take tokens from the experiment's corpus in this root; also TESSERA_ROOT.",
 )
 @json_option

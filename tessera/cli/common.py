@@ -24,17 +24,17 @@ def root_option(function: F) -> F:
         default=".tessera",
         show_default=True,
         metavar="URL",
-        callback=_not_empty,
+        callback=not_empty,
         help="Folder or URL (s3://bucket/prefix) that holds corpora, runs and records; "
         "also TESSERA_ROOT.",
     )(function)
 
 
-def _not_empty(context: click.Context, parameter: click.Parameter, value: str) -> str:
+def not_empty(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
     """A script's unset variable (``--root "$ROOT"``) must not mean another root silently."""
     from tessera.errors import InputError
 
-    if not value.strip():
+    if value is not None and not value.strip():
         raise InputError(
             "The root is empty; give --root a folder or a URL such as s3://bucket/prefix, or leave "
             "it out for TESSERA_ROOT or the folder .tessera."

@@ -122,6 +122,7 @@ def test_a_root_that_only_the_environment_names_need_not_hold_the_corpus(
         (["--price", "nan"], "--price is nan; expected US dollars an hour, such as 2.16."),
         (["--price", "-1"], "--price is -1.0; expected US dollars an hour, such as 2.16."),
         (["--only", "fast"], "--only fast is no row of the ladder; choose of eager, compiled,"),
+        (["--root", ""], "The root is empty; give --root a folder or a URL"),
         (["--quick", "--only", "eager"], "--only chooses rows of the ladder, which --quick does"),
         (["nothing.yaml"], "nothing.yaml does not exist; give the path of an experiment file"),
         (["--set", "model.layer=2"], "model.layer is not a known key; correct its spelling"),
