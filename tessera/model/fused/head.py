@@ -43,6 +43,8 @@ def head_loss(
     wide = torch.promote_types(states.dtype, torch.float32)
     losses = torch.empty(targets.shape, dtype=wide, device=states.device)
     dstates = torch.empty_like(states)
+    if not isinstance(divisor, Tensor):  # a GPU divides by a number through its reciprocal
+        divisor = torch.full((), divisor, dtype=wide, device=states.device)
     scale = torch.ones((), dtype=wide, device=states.device) / divisor
     for part, logits in _logits(states, weight, chunk):
         _gradient_(logits, targets[part], losses[part], scale)

@@ -22,7 +22,8 @@ def multiply(
 ) -> Tensor:
     """(m, k) float8 x (n, k) float8 -> (m, n): sums of products, times both inverse scales.
 
-    The inverse scales are float32 tensors of one element on the device; the host never reads them.
+    The inverse scales are float32 tensors of one element on the device, at addresses that are
+    multiples of 16 on a GPU (``scaling.aligned_inverses``); the host never reads them.
     On a GPU the sums are kept in float32 with ``fast`` off, and in the tensor cores' own fewer
     bits with it on (14 of the mantissa, NVIDIA's figure of Hopper); k, m and n are multiples of 16
     there. Elsewhere the product is taken in float32.

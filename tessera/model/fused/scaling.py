@@ -18,6 +18,8 @@ from torch import Tensor
 
 HISTORY = 16
 """Steps whose largest values count."""
+ALIGNMENT = 4
+"""Floats between inverse scales: cuBLAS refuses one whose address is no multiple of 16 bytes."""
 HEADROOM = 2.0
 """How much larger than anything in the history a value may be without being cut; a float8's
 relative precision does not depend on where in its range a value lies."""
@@ -47,13 +49,13 @@ class Scales:
         largest = [torch.finfo(dtype).max for dtype in sites.values()]
         self._largest = torch.tensor(largest, dtype=torch.float32, device=device)
         self._scale = torch.ones(count, device=device)
-        self._inverse = torch.ones(count, device=device)
+        self._inverse = torch.ones(count, ALIGNMENT, device=device)
         self._amax = torch.zeros(count, device=device)
         self._history = torch.zeros(HISTORY, count, device=device)
         self._cut = torch.zeros(count, device=device)
         self.sites = {
             name: Site(
-                name, dtype, self._scale[i : i + 1], self._inverse[i : i + 1], self._amax[i : i + 1]
+                name, dtype, self._scale[i : i + 1], self._inverse[i, :1], self._amax[i : i + 1]
             )
             for i, (name, dtype) in enumerate(sites.items())
         }
@@ -71,7 +73,7 @@ class Scales:
         fresh = self._largest / (HEADROOM * usual)
         known = (usual > 0) & fresh.isfinite()
         self._scale.copy_(torch.where(known, fresh, self._scale))
-        self._inverse.copy_(1.0 / self._scale)
+        self._inverse.copy_(aligned_inverses(self._scale))
         self._amax.zero_()
 
     def discard(self) -> None:
@@ -96,6 +98,11 @@ class Scales:
     def ready(self) -> bool:
         """Whether any step has been seen. Waits for the device."""
         return bool((self._history > 0).any())
+
+
+def aligned_inverses(scales: Tensor) -> Tensor:
+    """(n,) -> (n, ``ALIGNMENT``): 1 / scale in every column, so that ``[i, :1]`` is aligned."""
+    return (1.0 / scales)[:, None].repeat(1, ALIGNMENT)
 
 
 def sites_of(

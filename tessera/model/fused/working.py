@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tessera.model.fused.block import BlockTensors
 from tessera.model.fused.block8 import Weight8, Weights8
 from tessera.model.fused.fp8 import cast
+from tessera.model.fused.scaling import aligned_inverses
 from tessera.model.protogpt import ProtoGPT
 
 _MATRICES = ("qkv", "out", "up", "down")
@@ -51,11 +52,11 @@ class WorkingCopies:
         largest = torch.stack(torch._foreach_norm(matrices, float("inf")))
         scales = torch.finfo(torch.float8_e4m3fn).max / largest.clamp(min=1e-12)
         seen = torch.zeros_like(scales)
-        inverses = 1.0 / scales
+        inverses = aligned_inverses(scales)
         made = [
             Weight8(
                 cast(matrix, scales[i : i + 1], seen[i : i + 1], torch.float8_e4m3fn),
-                inverses[i : i + 1],
+                inverses[i, :1],
             )
             for i, matrix in enumerate(matrices)
         ]

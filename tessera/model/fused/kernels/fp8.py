@@ -196,7 +196,8 @@ def cast(
     M, C = x.shape
     rows = torch.empty(M, C, dtype=dtype, device=x.device)
     turned = torch.empty((C, M) if columns else (0,), dtype=dtype, device=x.device)
-    pack = M % 4 == 0
+    # Where threads hold fewer than 16 features Triton 3.6 mixes up the bytes of the words.
+    pack = M % 4 == 0 and C % 16 == 0
     tiles = triton.cdiv(M, tile.block_m) * triton.cdiv(C, tile.block_n)
     _cast_kernel[(tiles,)](
         x,
