@@ -47,7 +47,6 @@ from tessera.training.fused import FusedReplica
 from tessera.training.loop import Loop, Session, compiles
 from tessera.training.memory import out_of_memory_sentence, resolve_micro_batch
 from tessera.training.mute import MuteJournal
-from tessera.training.optim import build_optimizer
 from tessera.training.parallel import World
 from tessera.training.preemption import RETRY, StopRequest
 from tessera.training.program import Program
@@ -174,7 +173,7 @@ class Trainer:
             compiled = torch.compile(summed_cross_entropy) if compiles(program) else None
             self.replica = _build_replica(program, world, compiled or summed_cross_entropy)
         replica = self.replica
-        optimizer = build_optimizer(experiment.optimizer, replica.trainable)
+        optimizer = replica.optimizer(experiment.optimizer)
         allocate_moments(replica.trainable, optimizer)
         watch = Watch(experiment.stability, program.device)
         skips = Skips(experiment.stability, program.samples_per_step)

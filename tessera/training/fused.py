@@ -13,14 +13,16 @@ continued run decides as an undisturbed one.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tessera.errors import InputError
-from tessera.experiment import Experiment, Pretrain
+from tessera.experiment import Experiment, Optimizer, Pretrain
+from tessera.model.fused.adamw import FusedAdamW, clip_factor
 from tessera.model.fused.attention import AttentionBackend, choose_backend
 from tessera.model.fused.block8 import BACKWARD, FORWARD
 from tessera.model.fused.engine import Engine
 from tessera.model.protogpt import ProtoGPT
+from tessera.training.optim import grouped
 from tessera.training.parallel import World
 from tessera.training.replica import Loss, Replica
 
@@ -44,6 +46,7 @@ class FusedReplica(Replica):
         super().__init__(model, world, compute_dtype, loss_fn)
         backend = attention_backend(experiment, world.device, compute_dtype)
         self.attention = backend.name
+        self._adamw: FusedAdamW | None = None
         self._engine = Engine(model, compute_dtype, backend, float8=experiment.precision == "fp8")
         self._interval = experiment.log_every_steps * len(FORWARD + BACKWARD)
 
@@ -52,6 +55,29 @@ class FusedReplica(Replica):
     ) -> Tensor:
         """Forward and backward of one micro-batch, by the engine."""
         return self._engine.micro_step(inputs, targets, divisor, last)
+
+    def optimizer(self, settings: Optimizer) -> torch.optim.Optimizer:
+        """AdamW that clips and zeroes in its own pass; its state is that of torch's."""
+        self._adamw = FusedAdamW(
+            grouped(settings, self.trainable), settings.lr, settings.betas, settings.eps
+        )
+        self._adamw.zero_gradients = True
+        return self._adamw
+
+    def clip(self, max_norm: float) -> Tensor:
+        """The norm; the gradients are scaled when they are applied."""
+        if self._adamw is None:
+            return super().clip(max_norm)
+        gradients = [p.grad for p in self.trainable.values() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        self._adamw.clip_factor = clip_factor(norm, max_norm)
+        return norm
+
+    def apply(self, optimizer: torch.optim.Optimizer, forbidden: Tensor) -> None:
+        """Gradients stay allocated, and zero."""
+        assert optimizer is self._adamw, "of another replica"
+        self._adamw.found_inf = forbidden
+        self._adamw.step()
 
     def discard(self) -> None:
         """Forget the micro-batches since the last step, also what the scales saw."""

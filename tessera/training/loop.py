@@ -205,9 +205,7 @@ class Loop:
         world.sum(total)
         self._grad_norm = self._replica.clip(settings.clip_norm)
         bad = self._watch.judge(self.done + 1, total, self._grad_norm)
-        self._optimizer.found_inf = bad  # type: ignore[attr-defined]  # fused: 1.0 leaves all as is
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self._replica.apply(self._optimizer, bad)
         self.done += 1
         self.tokens += batch.tokens
         self._interval.loss += torch.where(bad > 0, 0.0, total)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,19 +19,25 @@ def build_optimizer(
     Always the fused one: it alone heeds ``found_inf``, a scalar on the device that forbids a step
     without the host's looking at it.
     """
-    decayed = [p for p in parameters.values() if p.ndim >= 2]
-    plain = [p for p in parameters.values() if p.ndim < 2]
-    groups = [
-        {"params": decayed, "weight_decay": settings.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        grouped(settings, parameters),
         lr=settings.lr,
         betas=settings.betas,
         eps=settings.eps,
         fused=True,
     )
+
+
+def grouped(settings: Optimizer, parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
+    """Matrices with weight decay, norm weights without; no group without parameters."""
+    groups = [
+        {
+            "params": [p for p in parameters.values() if p.ndim >= 2],
+            "weight_decay": settings.weight_decay,
+        },
+        {"params": [p for p in parameters.values() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

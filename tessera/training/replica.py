@@ -33,7 +33,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from tessera.experiment import Optimizer
 from tessera.model.protogpt import ProtoGPT
+from tessera.training.optim import build_optimizer
 from tessera.training.parallel import World
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -153,6 +155,20 @@ class Replica:
     def look_after(self) -> str | None:
         """At a log point: what had to change in how it computes, for people; None if nothing."""
         return None
+
+    def optimizer(self, settings: Optimizer) -> torch.optim.Optimizer:
+        """What ``apply`` steps: AdamW over ``trainable``."""
+        return build_optimizer(settings, self.trainable)
+
+    def apply(self, optimizer: torch.optim.Optimizer, forbidden: Tensor) -> None:
+        """Step with the clipped gradients, then begin the next step without any.
+
+        ``forbidden``, a float32 scalar on the device, above 0 leaves weights and moments as they
+        are; the host does not look at it.
+        """
+        optimizer.found_inf = forbidden  # type: ignore[attr-defined]  # what fused AdamW heeds
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     def clip(self, max_norm: float) -> Tensor:
         """Scale the gradients to a global norm of at most ``max_norm``.

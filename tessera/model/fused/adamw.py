@@ -31,9 +31,8 @@ class FusedAdamW(torch.optim.AdamW):
 
     Its arithmetic and its state (``step``, ``exp_avg``, ``exp_avg_sq``, all float32 on the device)
     are those of the parent, so a checkpoint of either continues with the other. Parameters are
-    dense float32 tensors, not shards. The attributes below may be set before each step, and
-    ``found_inf`` as for the parent: a float32 scalar on the device; above 0, weights and state stay
-    as they are. Gradients are left unclipped on a GPU and clipped on a CPU, unless they are zeroed.
+    dense float32 tensors, not shards. The attributes below may be set before each step. Gradients
+    are left unclipped on a GPU and clipped on a CPU, unless they are zeroed.
     """
 
     clip_factor: Tensor | None = None
@@ -41,6 +40,9 @@ class FusedAdamW(torch.optim.AdamW):
 
     copies: Mapping[nn.Parameter, Tensor]
     """For a parameter, the tensor of its shape and a narrower dtype that receives its new value."""
+
+    found_inf: Tensor | None = None
+    """Above 0, a float32 scalar on the device: weights and state stay as they are."""
 
     zero_gradients = False
     """Whether gradients are zero after a step, also after one that ``found_inf`` forbade."""
@@ -85,8 +87,7 @@ class FusedAdamW(torch.optim.AdamW):
         states = [self._state_of(p) for p in parameters]
         steps = [state["step"] for state in states]
         one = torch.ones((), device=parameters[0].device)
-        found = getattr(self, "found_inf", None)
-        forbidden = torch.zeros_like(one) if found is None else found
+        forbidden = torch.zeros_like(one) if self.found_inf is None else self.found_inf
         torch._foreach_add_(steps, torch.where(forbidden > 0, 0.0, one))
         # Powers in float64, or 1 - beta^step loses its digits; on the device, where the steps are.
         counts = torch.stack(steps).double()

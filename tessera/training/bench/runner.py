@@ -23,7 +23,7 @@ from tessera.training.bench.tokens import Batches, samples_per_step
 from tessera.training.checkpoint.state import allocate_moments
 from tessera.training.fused import FusedReplica, attention_backend, wants_fused
 from tessera.training.memory import resolve_micro_batch
-from tessera.training.optim import build_optimizer, set_learning_rate
+from tessera.training.optim import set_learning_rate
 from tessera.training.parallel import World
 from tessera.training.prepare import compute_dtype
 from tessera.training.pretrain import model_shape
@@ -73,7 +73,7 @@ class StepRunner:
             self.replica = FusedReplica(model, self._world, dtype, loss, experiment)
         else:
             self.replica = Replica.build(model, "auto", self._world, dtype, loss)
-        self._optimizer = build_optimizer(experiment.optimizer, self.replica.trainable)
+        self._optimizer = self.replica.optimizer(experiment.optimizer)
         allocate_moments(self.replica.trainable, self._optimizer)
         self._watch = Watch(experiment.stability, device)
         self._steps = max(1, experiment.steps)
@@ -94,9 +94,7 @@ class StepRunner:
             total += self.replica.micro_step(inputs, targets, self._divisor, number == len(micro))
         norm = self.replica.clip(settings.clip_norm)
         bad = self._watch.judge(self._done + 1, total, norm)
-        self._optimizer.found_inf = bad  # type: ignore[attr-defined]  # as in the loop
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self.replica.apply(self._optimizer, bad)
         self._done += 1
 
     def time(

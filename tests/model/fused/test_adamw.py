@@ -141,7 +141,7 @@ def test_a_forbidden_step_leaves_everything_as_it_was(form: str, device: torch.d
     optimizer.zero_gradients = True
     forbidden = torch.ones((), device=device)
     for steps in (range(1), range(1, 4)):  # before there is any state, and later
-        optimizer.found_inf = forbidden  # type: ignore[attr-defined]
+        optimizer.found_inf = forbidden
         before = [p.detach().clone() for p in made]
         states = copy.deepcopy([dict(optimizer.state[p]) for p in made])
         copies = [c.clone() for c in optimizer.copies.values()]
@@ -157,7 +157,7 @@ def test_a_forbidden_step_leaves_everything_as_it_was(form: str, device: torch.d
             assert parameter.grad is not None
             assert not parameter.grad.any()
         if steps.start == 0:
-            optimizer.found_inf = torch.zeros((), device=device)  # type: ignore[attr-defined]
+            optimizer.found_inf = torch.zeros((), device=device)
             run(optimizer, made, range(3))
 
 
