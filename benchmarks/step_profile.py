@@ -14,9 +14,11 @@ import argparse
 import re
 import statistics
 import sys
+import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -56,14 +58,36 @@ class Kernel:
         return "other"
 
 
-def kernels_of(recorded: profile, steps: int) -> list[Kernel]:
+def launches_of(recorded: profile) -> list[tuple[int, int, str]]:
+    """Begin and end in ns, and name, of all that ran on the device, in order."""
+    assert recorded.profiler is not None
+    assert recorded.profiler.kineto_results is not None
+    return sorted(
+        (event.start_ns(), event.start_ns() + event.duration_ns(), event.name())
+        for event in recorded.profiler.kineto_results.events()
+        if str(event.device_type()).endswith("CUDA") and "#" not in event.name()
+    )
+
+
+def kernels_of(launches: Sequence[tuple[int, int, str]], steps: int) -> list[Kernel]:
     """Kernels, copies and fills of the device, longest first, as averages of a step."""
-    found = [
-        Kernel(event.key, event.self_device_time_total / 1e3 / steps, event.count / steps)
-        for event in recorded.key_averages()
-        if event.self_device_time_total and str(event.device_type).endswith("CUDA")
-    ]
+    spent: dict[str, list[int]] = defaultdict(list)
+    for began, ended, name in launches:
+        spent[name].append(ended - began)
+    found = [Kernel(n, sum(t) / 1e6 / steps, len(t) / steps) for n, t in spent.items()]
     return sorted(found, key=lambda kernel: -kernel.milliseconds)
+
+
+def gaps_of(launches: Sequence[tuple[int, int, str]], steps: int) -> list[Kernel]:
+    """Pauses of the device, by what ran before and after; longest first, averages of a step."""
+    spent: dict[str, list[int]] = defaultdict(list)
+    busy_until = launches[0][0]
+    for (_, _, before), (began, ended, after) in pairwise(launches):
+        if began > busy_until:
+            spent[f"{before[:50]} -> {after[:50]}"].append(began - busy_until)
+        busy_until = max(busy_until, ended)
+    found = [Kernel(n, sum(t) / 1e6 / steps, len(t) / steps) for n, t in spent.items()]
+    return sorted(found, key=lambda gap: -gap.milliseconds)
 
 
 def table(kernels: Iterable[Kernel], step_ms: float, profiled_ms: float) -> None:
@@ -95,6 +119,11 @@ def main() -> None:
     batches = random_batches(experiment, device)
     runner = StepRunner(experiment, device)
     step_ms = 1e3 * statistics.median(runner.time(batches, 10, 3, lambda: None).seconds)
+    torch.cuda.synchronize()
+    began_host = time.perf_counter()
+    runner.step(batches)
+    host_ms = 1e3 * (time.perf_counter() - began_host)
+    torch.cuda.synchronize()
     began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as recorded:
         began.record()
@@ -102,7 +131,9 @@ def main() -> None:
             runner.step(batches)
         ended.record()
         torch.cuda.synchronize()
-    kernels = kernels_of(recorded, arguments.steps)
+    launches = launches_of(recorded)
+    kernels = kernels_of(launches, arguments.steps)
+    print(f"the host takes {host_ms:.0f} ms to launch a step (less if the queue was never full)")
     table(kernels, step_ms, began.elapsed_time(ended) / arguments.steps)
     print("\n| kernel | kind | launches | ms a step |\n|---|---|---|---|")
     for kernel in kernels[: arguments.top]:
@@ -110,6 +141,10 @@ def main() -> None:
             f"| {kernel.name[:90]} | {kernel.kind} | {kernel.launches:.0f} "
             f"| {kernel.milliseconds:.2f} |"
         )
+    gaps = gaps_of(launches, arguments.steps)
+    print("\n| pause between | times | ms a step |\n|---|---|---|")
+    for gap in gaps[: arguments.top]:
+        print(f"| {gap.name} | {gap.launches:.0f} | {gap.milliseconds:.2f} |")
 
 
 if __name__ == "__main__":

@@ -114,8 +114,9 @@ def backward(
     grads: BlockTensors,
     attention: AttentionBackend,
     dims: Dimensions,
+    fresh: bool = False,
 ) -> Tensor:
-    """As ``block.backward``."""
+    """As ``block.backward``; with ``fresh`` the gradients are zero so far, which saves a pass."""
 
     def through(gradient: Float8, name: str, weight: Weight8) -> Tensor:
         inverse = sites[name].inverse
@@ -123,7 +124,10 @@ def backward(
 
     def add_weights(into: Tensor, gradient: Float8, name: str, operand: Tensor, of: str) -> None:
         left, right = sites[name].inverse, sites[of].inverse
-        into.add_(multiply(gradient.columns, operand, left, right, dx.dtype))
+        if fresh:
+            multiply(gradient.columns, operand, left, right, into.dtype, out=into)
+        else:
+            into.add_(multiply(gradient.columns, operand, left, right, dx.dtype))
 
     def gradient_of(tensor: Tensor, name: str) -> Float8:
         site = sites[name]

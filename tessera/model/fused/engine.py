@@ -77,7 +77,7 @@ class Engine:
             names = (*eight.FORWARD, *eight.BACKWARD)
             sites = self._scales.sites
             self._sites = [{n: sites[f"{i}.{n}"] for n in names} for i in range(layers)]
-        self._calibrated = self._in_step = False
+        self._calibrated = self._in_step = self._fresh = False
         self._use8 = [False] * layers
 
     # -- the step ----------------------------------------------------------------------------------
@@ -86,15 +86,16 @@ class Engine:
     def micro_step(self, ids: Tensor, targets: Tensor, divisor: int | Tensor, last: bool) -> Tensor:
         """Loss / ``divisor`` of one micro-batch; its gradient is added to ``.grad``.
 
-        ids, targets (B, T) int64 on the device; the loss is a float32 scalar there. After the call
-        with ``last`` the gradients of the step are complete; until then, or until ``discard``, the
-        weights must stay as they are.
+        ids, targets (B, T) int64 on the device; the loss is a float32 scalar there. Before the
+        first of a step, gradients are None or zero. After the call with ``last`` those of the step
+        are complete; until then, or until ``discard``, the weights must stay as they are.
         """
         self._prepare_gradients()
         if not self._in_step:
             self._use8 = [on and self._calibrated for on in self._float8]
             self._working.refresh(self._use8)
             self._in_step = True
+            self._fresh = True
         use8 = self._use8
         dims = Dimensions(
             ids.size(0),
@@ -110,6 +111,7 @@ class Engine:
         embedding_backward(
             dx, ids, _grad(self._model.tokens.weight), _grad(self._model.positions.weight)
         )
+        self._fresh = False
         if last:
             self._in_step = False
             if self._scales is not None:
@@ -166,7 +168,9 @@ class Engine:
         weights8 = self._working.blocks8[number]
         assert weights8 is not None
         sites = self._sites[number]
-        return eight.backward(dx, inner, weights, weights8, sites, grads, attention, dims)
+        return eight.backward(
+            dx, inner, weights, weights8, sites, grads, attention, dims, self._fresh
+        )
 
     def _watch(self, number: int) -> plain.Watch:
         """While nothing is known yet, what is larger than all before at a site is noted."""

@@ -19,6 +19,7 @@ def multiply(
     out_dtype: torch.dtype,
     *,
     fast: bool = True,
+    out: Tensor | None = None,
 ) -> Tensor:
     """(m, k) float8 x (n, k) float8 -> (m, n): sums of products, times both inverse scales.
 
@@ -26,7 +27,8 @@ def multiply(
     multiples of 16 on a GPU (``scaling.aligned_inverses``); the host never reads them.
     On a GPU the sums are kept in float32 with ``fast`` off, and in the tensor cores' own fewer
     bits with it on (14 of the mantissa, NVIDIA's figure of Hopper); k, m and n are multiples of 16
-    there. Elsewhere the product is taken in float32.
+    there. Elsewhere the product is taken in float32. ``out`` (m, n) of ``out_dtype`` receives the
+    product if it is given.
     """
     if left.is_cuda:
         return (
@@ -37,7 +39,9 @@ def multiply(
                 scale_b=right_inverse.reshape(()),
                 out_dtype=out_dtype,
                 use_fast_accum=fast,
+                out=out,
             )
         )
     product = left.float() @ right.float().t()
-    return (product * (left_inverse * right_inverse)).to(out_dtype)
+    result = (product * (left_inverse * right_inverse)).to(out_dtype)
+    return result if out is None else out.copy_(result)

@@ -37,7 +37,7 @@ def _adamw(
         mean = tl.load(means + places, mask=inside)
         mean += (g - mean) * take1
         square = tl.load(squares + places, mask=inside) * keep2 + take2 * g * g
-        update = mean / (tl.sqrt(square) * tl.load(roots + number) + eps)
+        update = tl.div_rn(mean, tl.sqrt_rn(square) * tl.load(roots + number) + eps)
         weight = tl.load(weights + places, mask=inside) * decay - tl.load(rates + number) * update
         tl.store(weights + places, weight, mask=inside)
         tl.store(means + places, mean, mask=inside)

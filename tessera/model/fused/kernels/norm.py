@@ -127,7 +127,7 @@ def rms_norm_backward(
     *,
     programs: int = 528,
     num_warps: int | None = None,
-    stages: int = 1,
+    stages: int = 3,
 ) -> Tensor:
     """See `tessera.model.fused.norm.rms_norm_backward`.
 
