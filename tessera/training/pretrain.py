@@ -83,7 +83,7 @@ class PretrainProgram(Program):
             ) from error
         shape = model_shape(experiment.model)
         self.flops_per_token = flops_per_token(shape, experiment.sequence)
-        self.model = ProtoGPT(shape)
+        self.model = ProtoGPT.unset(shape)
         self.model.initialize(experiment.seed, experiment.model.init_std)
         self.model.recompute = experiment.recompute
         self.model.to(self.device)

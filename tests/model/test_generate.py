@@ -17,7 +17,7 @@ STOP = 3
 @pytest.fixture(scope="module")
 def model() -> ProtoGPT:
     model = ProtoGPT(SHAPE)
-    model.initialize(7, init_std=0.4)
+    model.initialize(8, init_std=0.4)
     return model
 
 

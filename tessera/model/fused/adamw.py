@@ -88,7 +88,8 @@ class FusedAdamW(torch.optim.AdamW):
         steps = [state["step"] for state in states]
         one = torch.ones((), device=parameters[0].device)
         forbidden = torch.zeros_like(one) if self.found_inf is None else self.found_inf
-        torch._foreach_add_(steps, torch.where(forbidden > 0, 0.0, one))
+        # A list: given one tensor, torch reads its value, and the host waits for the device.
+        torch._foreach_add_(steps, [torch.where(forbidden > 0, 0.0, one)] * len(steps))
         # Powers in float64, or 1 - beta^step loses its digits; on the device, where the steps are.
         counts = torch.stack(steps).double()
         (beta1, beta2), lr = group["betas"], group["lr"]

@@ -5,7 +5,7 @@ The parameters stay float32. What a layer does not use in its current precision 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -39,28 +39,33 @@ class WorkingCopies:
         """Make them from the parameters as they are, for the layers that use float8 in float8."""
         self.blocks, self.blocks8 = [], []  # before the new ones: they take the same memory
         self.head = self._head.to(self._dtype)
+        cast8 = iter(self._in_float8([b for b, on in zip(self._blocks, float8, strict=True) if on]))
         for block, eight in zip(self._blocks, float8, strict=True):
             self.blocks.append(block if eight else self._in_compute_dtype(block))
-            self.blocks8.append(self._in_float8(block) if eight else None)
+            self.blocks8.append(next(cast8) if eight else None)
 
     def _in_compute_dtype(self, block: BlockTensors) -> BlockTensors:
         matrices = {name: getattr(block, name).to(self._dtype) for name in _MATRICES}
         return block._replace(**matrices)
 
-    def _in_float8(self, block: BlockTensors) -> Weights8:
-        matrices = [getattr(block, name) for name in _MATRICES]
+    def _in_float8(self, blocks: Sequence[BlockTensors]) -> Iterator[Weights8]:
+        """Each scaled so that its largest value is float8's; all together, to launch little."""
+        matrices = [getattr(block, name) for block in blocks for name in _MATRICES]
+        if not matrices:
+            return
         largest = torch.stack(torch._foreach_norm(matrices, float("inf")))
         scales = torch.finfo(torch.float8_e4m3fn).max / largest.clamp(min=1e-12)
         seen = torch.zeros_like(scales)
         inverses = aligned_inverses(scales)
+        each = zip(
+            matrices, torch.split(scales, 1), torch.split(seen, 1), inverses.unbind(), strict=True
+        )
         made = [
-            Weight8(
-                cast(matrix, scales[i : i + 1], seen[i : i + 1], torch.float8_e4m3fn),
-                inverses[i, :1],
-            )
-            for i, matrix in enumerate(matrices)
+            Weight8(cast(matrix, scale, amax, torch.float8_e4m3fn), inverse[:1])
+            for matrix, scale, amax, inverse in each
         ]
-        return Weights8(*made)
+        for first in range(0, len(made), len(_MATRICES)):
+            yield Weights8(*made[first : first + len(_MATRICES)])
 
 
 def block_parameters(block: nn.Module) -> BlockTensors:
