@@ -4,9 +4,10 @@
         --precisions bf16 fp8 --seeds 1 2 --devices 0 1 --out curves.json
 
 Every pair of precision and seed is one `tessera train` from the same initial weights on the same
-samples in the same order; with several devices that many run at once. Prints the final validation
-loss of each, the difference to the first precision for each seed, and whether the largest stays
-within --limit nats. The curves go to --out as JSON.
+samples in the same order; with several devices that many run at once. ``bf16`` is torch's plain
+path under autograd, ``bf16-fused`` the fused operations. Prints the final validation loss of each,
+the difference to the first precision for each seed, and whether the largest stays within --limit
+nats. The curves go to --out as JSON; --also adds those of an earlier call to the comparison.
 """
 
 from __future__ import annotations
@@ -22,10 +23,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from tessera.runs import find_run
 from tessera.storage import open_root
 from tessera.tracking.journal import read_journal
+
+SETTINGS = {
+    "bf16": ["precision=bf16", "kernels=torch"],
+    "bf16-fused": ["precision=bf16", "kernels=fused"],
+}
+"""Where a name means more than a precision."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,8 @@ class Curve:
 def run(arguments: argparse.Namespace, precision: str, seed: int, device: str | None) -> Curve:
     """One `tessera train` to its end."""
     command = [sys.executable, "-m", "tessera", "train", arguments.experiment, "--new"]
-    settings = [f"seed={seed}", f"precision={precision}", *arguments.overrides]
+    settings = [f"seed={seed}", *SETTINGS.get(precision, [f"precision={precision}"])]
+    settings += arguments.overrides
     for setting in settings:
         command += ["--set", setting]
     command += ["--root", arguments.root, "--quiet"]
@@ -117,10 +126,18 @@ def run_all(arguments: argparse.Namespace) -> list[Curve]:
     return curves
 
 
+def _curve(entry: dict[str, Any]) -> Curve:
+    """From JSON, whose keys are strings."""
+    for key in ("train", "validation"):
+        entry[key] = {int(step): value for step, value in entry[key].items()}
+    return Curve(**entry)
+
+
 def verdict(curves: Sequence[Curve], precisions: Sequence[str], limit: float) -> bool:
     """Print the comparison; whether every difference is within ``limit``."""
     finals = {(curve.precision, curve.seed): curve.final for curve in curves}
-    seeds = sorted({curve.seed for curve in curves})
+    every = sorted({curve.seed for curve in curves})
+    seeds = [seed for seed in every if all((p, seed) in finals for p in precisions)]
     print("| seed | " + " | ".join(precisions) + " | " + " | ".join(
         f"{other} - {precisions[0]}" for other in precisions[1:]
     ) + " |")  # fmt: skip
@@ -147,10 +164,13 @@ def main() -> None:
     parser.add_argument("--set", dest="overrides", action="append", default=[])
     parser.add_argument("--limit", type=float, default=0.01, help="nats")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--also", type=Path, nargs="*", default=[])
     arguments = parser.parse_args()
     curves = run_all(arguments)
     if arguments.out:
         arguments.out.write_text(json.dumps([asdict(curve) for curve in curves]) + "\n", "utf-8")
+    for path in arguments.also:
+        curves += [_curve(entry) for entry in json.loads(path.read_text("utf-8"))]
     sys.exit(0 if verdict(curves, arguments.precisions, arguments.limit) else 1)
 
 
