@@ -2,8 +2,8 @@
 
     python benchmarks/start_up.py experiments/tessera_1b.yaml --root ROOT [--set KEY=VALUE ...]
 
-Three times the same run of three steps, each logged: with the compilers' caches (Triton, Inductor,
-flash-attn-4) and the shards' cache empty, then twice with what the first left there. Each is a
+Twice the same run of three steps, each logged: with the compilers' caches (Triton, Inductor,
+flash-attn-4) and the shards' cache empty, then with what the first left there. Each is a
 process of its own, and the clock begins before it. Prints when the attempt began (imports, corpus,
 weights) and when the first and the last of the steps were done.
 """
@@ -66,7 +66,7 @@ def main() -> None:
     arguments = parser.parse_args()
     print("| caches | attempt began | first step done | third step done |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("empty", "filled", "filled"):
+        for name in ("empty", "filled"):
             found = seconds_to(arguments, Path(folder))
             shown = (found["attempt"], found["step 1"], found[f"step {STEPS}"])
             print(

@@ -12,6 +12,8 @@ continued run decides as an undisturbed one.
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +28,8 @@ from tessera.training.optim import grouped
 from tessera.training.parallel import World
 from tessera.training.replica import Loss, Replica
 
+HOPPER = 9
+"""The major compute capability of an H100, H200 and GH200."""
 TOLERATED = 0.25
 """Share of a log interval's casts of a block that may have to cut a value."""
 
@@ -133,12 +137,16 @@ def attention_backend(
 
 
 def wants_fused(experiment: Experiment, world: World) -> bool:
-    """Whether the fused operations compute the steps; ``InputError`` where they cannot."""
+    """Whether the fused operations compute the steps; ``InputError`` where they cannot.
+
+    With ``kernels: auto`` they do on the one kind of GPU on which they were measured, Hopper, for
+    bf16 on one GPU.
+    """
     if not isinstance(experiment, Pretrain):
         return False
     eight = experiment.precision == "fp8"
     if not eight and experiment.kernels != "fused":
-        return False
+        return experiment.kernels == "auto" and _by_default(experiment, world)
     if world.size > 1:
         key = "precision" if eight else "kernels"
         raise InputError(
@@ -147,3 +155,14 @@ def wants_fused(experiment: Experiment, world: World) -> bool:
             "use one GPU."
         )
     return True
+
+
+def _by_default(experiment: Pretrain, world: World) -> bool:
+    return (
+        world.size == 1
+        and world.device.type == "cuda"
+        and torch.cuda.get_device_capability(world.device)[0] == HOPPER
+        and experiment.precision != "float32"
+        and not experiment.deterministic
+        and importlib.util.find_spec("triton") is not None
+    )
