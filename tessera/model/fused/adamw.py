@@ -108,7 +108,7 @@ class FusedAdamW(torch.optim.AdamW):
                 number,
                 one if self.clip_factor is None else self.clip_factor,
                 forbidden,
-                decay=1 - lr * group["weight_decay"],
+                shrink=lr * group["weight_decay"],
                 betas=(beta1, beta2),
                 eps=group["eps"],
                 zero=self.zero_gradients,

@@ -20,9 +20,8 @@ def _adamw(
     factor,
     forbidden,
     count,
-    decay,
+    shrink,
     take1,
-    keep2,
     take2,
     eps,
     COPY: tl.constexpr,
@@ -36,9 +35,14 @@ def _adamw(
         g = tl.load(gradients + places, mask=inside) * tl.load(factor)
         mean = tl.load(means + places, mask=inside)
         mean += (g - mean) * take1
-        square = tl.load(squares + places, mask=inside) * keep2 + take2 * g * g
+        square = tl.load(squares + places, mask=inside)
+        square += (g * g - square) * take2
         update = tl.div_rn(mean, tl.sqrt_rn(square) * tl.load(roots + number) + eps)
-        weight = tl.load(weights + places, mask=inside) * decay - tl.load(rates + number) * update
+        weight = tl.load(weights + places, mask=inside)
+        # Of 1 - shrink, as of beta2, float32 keeps fewer digits than of its complement, and the
+        # error would be the same in every step.
+        weight -= shrink * weight
+        weight -= tl.load(rates + number) * update
         tl.store(weights + places, weight, mask=inside)
         tl.store(means + places, mean, mask=inside)
         tl.store(squares + places, square, mask=inside)
@@ -60,7 +64,7 @@ def launch_adamw(
     factor: Tensor,
     forbidden: Tensor,
     *,
-    decay: float,
+    shrink: float,
     betas: tuple[float, float],
     eps: float,
     zero: bool,
@@ -71,8 +75,8 @@ def launch_adamw(
 
     ``rates[number]`` is lr / (1 - beta1^step) and ``roots[number]`` 1 / sqrt(1 - beta2^step), both
     float32; ``factor`` scales the gradient, ``forbidden`` above 0 forbids the update (float32
-    scalars on the device); ``decay`` is 1 - lr x weight decay. ``copy`` receives the new weight in
-    its dtype; with ``zero`` the gradient is zero afterwards, whatever was forbidden.
+    scalars on the device); ``shrink`` is lr x weight decay. ``copy`` receives the new weight in its
+    dtype; with ``zero`` the gradient is zero afterwards, whatever was forbidden.
     """
     count = weight.numel()
     _adamw[(triton.cdiv(count, block),)](
@@ -87,9 +91,8 @@ def launch_adamw(
         factor,
         forbidden,
         count,
-        decay,
+        shrink,
         1 - betas[0],
-        betas[1],
         1 - betas[1],
         eps,
         COPY=copy is not None,
