@@ -209,6 +209,26 @@ def test_the_verdict_for_a_reference_sized_run(
     )
 
 
+def test_a_verdict_for_fp8_says_what_it_costs_and_what_is_fastest_without(
+    minimal: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    found = document(capfd, minimal)
+    (row,) = found["rows"]
+    row |= {"name": "fp8", "tokens_per_s": 102_600.0, "hours": 66.3, "usd": 143.0}
+    row |= {"settings": {"precision": "fp8"}}
+    plain = {**row, "name": "fused", "tokens_per_s": 76_600.0, "settings": {"kernels": "fused"}}
+    failed = {**plain, "name": "fused-x2", "tokens_per_s": None, "step_s": None, "reason": "no"}
+    found |= {"rows": [plain, failed, row], "best": "fp8"}
+    capfd.readouterr()
+    print_document(found)
+    out = " ".join(capfd.readouterr().out.split())
+    assert "nats against bf16" in out
+    assert "without it fused is the fastest." in out
+    found |= {"rows": [plain, failed], "best": "fused"}
+    print_document(found)
+    assert "nats" not in capfd.readouterr().out
+
+
 def test_the_table_fits_eighty_columns(
     minimal: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
