@@ -3,9 +3,9 @@
     python benchmarks/start_up.py experiments/tessera_1b.yaml --root ROOT [--set KEY=VALUE ...]
 
 Twice the same run of three steps, each logged: with the compilers' caches (Triton, Inductor,
-flash-attn-4) and the shards' cache empty, then with what the first left there. Each is a
-process of its own, and the clock begins before it. Prints when the attempt began (imports, corpus,
-weights) and when the first and the last of the steps were done.
+flash-attn-4) and the shards' cache empty, then with what the first left there. Each is a process of
+its own, and the clock begins before it; the evaluation before the first step counts too. Prints
+when the attempt began (imports, corpus, weights) and when the first and the last step were done.
 """
 
 from __future__ import annotations

@@ -33,10 +33,10 @@ KINDS = (
     ("loss", r"_cross_entropy|log_softmax|nll_loss"),
     ("optimiser, clip", r"multi_tensor|[Aa]dam|lpnorm|_adamw"),
     ("matrix products", r"nvjet|gemm|xmma|cutlass|splitK|cublas"),
-    ("norm", r"_add_rms|_backward_kernel$|_add_rows|rms"),
+    ("norm", r"_add_rms|^_backward_kernel$|_add_rows|rms"),
     ("GELU", r"gelu"),
     ("embedding", r"_embed|_scatter|embedding|[Rr]adix|[Ss]ort"),
-    ("copies, fills", r"[Mm]emcpy|[Mm]emset|copy|fill|Cat"),
+    ("copies, fills", r"[Mm]emcpy|[Mm]emset|copy|[Ff]ill|Cat"),
 )
 """Kind and a pattern of its kernels' names; the first that matches counts."""
 

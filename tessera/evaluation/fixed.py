@@ -92,6 +92,10 @@ class _Alone:
 ALONE: Share = _Alone()
 
 
+CHUNK = 8192
+"""Tokens whose logits exist at once when a loss is measured."""
+
+
 class Scorer(Protocol):
     """Sums the loss of a batch: ``summed_cross_entropy`` over a model, wherever its weights are."""
 
@@ -100,12 +104,21 @@ class Scorer(Protocol):
 
 
 def scorer(model: ProtoGPT, compute_dtype: torch.dtype) -> Scorer:
-    """The scorer of a model that is whole on one device."""
+    """The scorer of a model that is whole on one device.
+
+    Logits exist for ``CHUNK`` tokens at a time: a micro-batch that was chosen for a training step
+    without all logits at once must not be too large here.
+    """
     device = model.tokens.weight.device
 
     def score(inputs: Tensor, targets: Tensor) -> Tensor:
-        states = model.hidden(inputs.to(device), compute_dtype)
-        return summed_cross_entropy(states, model.tokens.weight, targets.to(device))
+        states = model.hidden(inputs.to(device), compute_dtype).flatten(0, 1)
+        wanted = targets.to(device).flatten()
+        sums = [
+            summed_cross_entropy(states[i : i + CHUNK], model.tokens.weight, wanted[i : i + CHUNK])
+            for i in range(0, states.size(0), CHUNK)
+        ]
+        return torch.stack(sums).sum()
 
     return score
 

@@ -225,7 +225,7 @@ def _model(shape: ModelShape, state: dict[str, torch.Tensor], described_by: str)
             raise ValueError(f"{parameters(shape):,} parameters, the tensors have {count:,}")
         if shape.heads < 1 or shape.d_model % shape.heads:
             raise ValueError(f"{shape.d_model} channels do not divide into {shape.heads} heads")
-        model = ProtoGPT(shape)
+        model = ProtoGPT.unset(shape)
         model.load_state_dict(state)
     except (RuntimeError, ValueError, ArithmeticError) as error:
         reason = " ".join(str(error).split())[:200].rstrip(".:;, ")

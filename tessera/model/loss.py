@@ -12,8 +12,8 @@ IGNORE = -100
 def summed_cross_entropy(states: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     """Sum of -log p(target) over the targets that are not ``IGNORE``, in nats, float32 scalar.
 
-    states (B, T, C) in the compute dtype, head (V, C) float32, targets (B, T) int64. The product is
-    taken in the compute dtype, the soft-max in float32.
+    states (B, T, C) in the compute dtype, head (V, C) float32, targets (B, T) int64, or (M, C) and
+    (M,). The product is taken in the compute dtype, the soft-max in float32.
     """
     logits = F.linear(states, head.to(states.dtype))
     return F.cross_entropy(

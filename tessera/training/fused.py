@@ -1,7 +1,8 @@
 """A replica that computes its micro-batches with the fused operations, on one device.
 
-Who asks for it: precision ``fp8``, or ``kernels: fused``. Evaluations and what is published come
-from the float32 weights through the model's own code, as with any other replica.
+Who asks for it: precision ``fp8``, ``kernels: fused``, and on Hopper ``kernels: auto``. Evaluations
+and what is published come from the float32 weights through the model's own code, as with any other
+replica.
 
 With float8 there are two ways back to bf16. A block whose values did not fit float8's range in
 more than a quarter of the steps of a log interval gives it up (one value too large for the moment
@@ -140,7 +141,7 @@ def wants_fused(experiment: Experiment, world: World) -> bool:
     """Whether the fused operations compute the steps; ``InputError`` where they cannot.
 
     With ``kernels: auto`` they do on the one kind of GPU on which they were measured, Hopper, for
-    bf16 on one GPU.
+    bf16 on one GPU, unless the experiment asks for something that only torch does.
     """
     if not isinstance(experiment, Pretrain):
         return False
@@ -164,5 +165,6 @@ def _by_default(experiment: Pretrain, world: World) -> bool:
         and torch.cuda.get_device_capability(world.device)[0] == HOPPER
         and experiment.precision != "float32"
         and not experiment.deterministic
+        and experiment.compile == "auto"  # who says on or off means torch
         and importlib.util.find_spec("triton") is not None
     )

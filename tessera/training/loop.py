@@ -103,7 +103,7 @@ class Loop:
         self._experiment = program.experiment
         self.done, self.tokens = done, int(state["tokens"]) if state else 0
         self.skips, self._watch = skips, watch
-        self._compiles = compiles(program)
+        self._compiles = compiles(program) or (program.fused and program.device.type == "cuda")
         self._clock = SpanClock(session.journal)
         self._cost = RunningCost(session.run, session.attempt) if session.world.is_main else None
         self._interval = self._fresh_interval()

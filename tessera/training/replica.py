@@ -161,7 +161,7 @@ class Replica:
         return build_optimizer(settings, self.trainable)
 
     def apply(self, optimizer: torch.optim.Optimizer, forbidden: Tensor) -> None:
-        """Step with the clipped gradients, then begin the next step without any.
+        """Step with the clipped gradients; the next step begins without any, or with zeros.
 
         ``forbidden``, a float32 scalar on the device, above 0 leaves weights and moments as they
         are; the host does not look at it.
@@ -171,7 +171,7 @@ class Replica:
         optimizer.zero_grad(set_to_none=True)
 
     def clip(self, max_norm: float) -> Tensor:
-        """Scale the gradients to a global norm of at most ``max_norm``.
+        """Scale the gradients to a global norm of at most ``max_norm``, at the latest in ``apply``.
 
         Returns the norm before that, a plain scalar on the device, equal on all workers. The host
         does not wait.

@@ -20,7 +20,7 @@ from tessera.evaluation.fixed import (
     mean_loss,
     scorer,
 )
-from tessera.model.loss import IGNORE
+from tessera.model.loss import IGNORE, summed_cross_entropy
 from tessera.model.protogpt import ProtoGPT
 from tessera.model.shape import ModelShape
 
@@ -49,6 +49,23 @@ def make_model(vocabulary: int = 285) -> ProtoGPT:
 
 def ones(count: int = 100) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     return np.ones(count, dtype=np.int64)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 8192])
+def test_the_loss_does_not_depend_on_how_many_logits_exist_at_once(
+    monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    model = make_model(100)
+    draw = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 100, (4, 16), generator=draw)
+    targets = torch.randint(0, 100, (4, 16), generator=draw)
+    targets[1, 3:9] = IGNORE
+    with torch.no_grad():
+        whole = summed_cross_entropy(model.hidden(ids), model.tokens.weight, targets)
+        monkeypatch.setattr("tessera.evaluation.fixed.CHUNK", chunk)
+        found = scorer(model, torch.float32)(ids, targets)
+    assert found.shape == ()
+    torch.testing.assert_close(found, whole, rtol=1e-6, atol=0.0)
 
 
 def test_windows_are_those_of_training_in_stored_order() -> None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from tessera.errors import InputError
 from tessera.model.fused.engine import Engine
+from tessera.training.fused import FusedReplica, wants_fused
 from tessera.training.loop import Loop
+from tessera.training.parallel import World
+from tessera.training.replica import Replica
 from tests.training.conftest import as_options, assert_as_if_undisturbed
 from tests.training.disturb import CALM, Disturbance
 
@@ -142,6 +147,62 @@ def test_what_does_not_go_together_is_refused(
     assert said in done.err
     assert done.err.count("\n") <= 2
     assert bench.runs() == []
+
+
+@pytest.mark.parametrize("form", ["torch", "fused"])
+def test_a_forbidden_step_changes_no_weight_and_leaves_no_gradient(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    """And one that is not forbidden is that of torch, to the bit on a CPU."""
+    after: dict[str, dict[str, Tensor]] = {}
+
+    def apply(replica: Replica, optimizer: torch.optim.Optimizer, forbidden: Tensor) -> None:
+        before = {n: p.detach().clone() for n, p in replica.trainable.items()}
+        plain(replica, optimizer, torch.ones(()))
+        for name, parameter in replica.trainable.items():
+            assert parameter.equal(before[name]), name
+            assert parameter.grad is None or not bool(parameter.grad.any()), name
+        after["weights"] = before
+
+    kind: Any = FusedReplica if form == "fused" else Replica
+    plain = kind.apply
+    monkeypatch.setattr(kind, "apply", apply)
+    settings = FUSED if form == "fused" else ("kernels=torch", "batch.micro_batch=2")
+    bench.train(*settings, "precision=float32", new=True)
+    assert after["weights"], "it was called"
+
+
+@pytest.mark.parametrize(
+    ("capability", "settings", "fused"),
+    [
+        ((9, 0), (), True),
+        ((8, 0), (), False),
+        ((10, 0), (), False),
+        ((9, 0), ("kernels=torch",), False),
+        ((9, 0), ("precision=float32",), False),
+        ((9, 0), ("deterministic=true",), False),
+        ((9, 0), ("compile=on",), False),
+        ((9, 0), ("compile=off",), False),
+        ((8, 0), ("kernels=fused",), True),
+    ],
+)
+def test_auto_takes_the_fused_operations_where_they_were_measured(
+    bench: Bench,
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    settings: tuple[str, ...],
+    fused: bool,
+) -> None:
+    """There is no such GPU here, so torch is told what it would say of one."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    experiment = bench.settings("precision=bf16", "compile=auto", *settings)
+    assert wants_fused(experiment, World(0, 1, 0, 1, torch.device("cuda"))) == fused
+
+
+def test_several_gpus_are_torchs(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    world = World(0, 2, 0, 2, torch.device("cuda"))
+    assert not wants_fused(bench.settings("precision=bf16", "compile=auto"), world)
 
 
 def test_fine_tuning_knows_no_float8(bench: Bench) -> None:

@@ -200,7 +200,7 @@ class Engine:
     def restored(self) -> None:
         """To be called when ``tensors`` have been filled from a checkpoint."""
         self._in_step = False
-        self._calibrated = self._scales is not None and self._scales.ready()
+        self._calibrated = self._scales is not None and self._scales.restored()
         self._float8 = [flag > 0 for flag in self._flags.tolist()]
 
     def discard(self) -> None:

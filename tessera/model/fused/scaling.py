@@ -91,9 +91,16 @@ class Scales:
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint needs so that a continued run casts as the undisturbed one."""
         return {
-            "fp8.scale": self._scale, "fp8.inverse": self._inverse, "fp8.history": self._history,
-            "fp8.cut": self._cut,
+            "fp8.scale": self._scale, "fp8.history": self._history, "fp8.cut": self._cut,
         }  # fmt: skip
+
+    def restored(self) -> bool:
+        """To be called when ``tensors`` have been filled; whether any step has been seen.
+
+        Waits for the device.
+        """
+        self._inverse.copy_(aligned_inverses(self._scale))
+        return self.ready()
 
     def ready(self) -> bool:
         """Whether any step has been seen. Waits for the device."""

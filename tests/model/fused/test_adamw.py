@@ -86,6 +86,8 @@ def test_fifty_steps_are_those_of_the_paper_and_of_torch(form: str, device: torc
         mine_off = (one.detach().cpu().double() - wanted).abs() / unit
         torch_off = (two.detach().cpu().double() - wanted).abs() / unit
         assert float(mine_off.mean()) < 1.1 * float(torch_off.mean()) + 0.1
+        if form == "triton":  # torch's own on a CPU has beta2 in float32, and is 4.4 off
+            assert float(mine_off.mean()) < 1.5
         assert float(mine_off.max()) < 2 * float(torch_off.max()) + 1
         for key in ("exp_avg", "exp_avg_sq"):
             left, right = mine.state[one][key], torchs.state[two][key]

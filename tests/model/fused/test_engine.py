@@ -10,6 +10,8 @@ from torch import Tensor
 
 from tessera.model.fused.attention import choose_backend
 from tessera.model.fused.engine import Engine
+from tessera.model.fused.scaling import Scales, sites_of
+from tessera.model.fused.working import WorkingCopies
 from tessera.model.loss import IGNORE, summed_cross_entropy
 from tessera.model.protogpt import Block, ProtoGPT
 from tessera.model.shape import ModelShape
@@ -188,6 +190,23 @@ def test_a_restored_engine_continues_to_the_bit() -> None:
     assert torch.equal(step(other, data), whole)
     got = take_gradients(model)
     assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+
+
+def test_inverse_scales_lie_where_cublas_takes_them() -> None:
+    """It refuses a scale whose address is no multiple of 16 bytes."""
+    scales = Scales(sites_of(3, ("a", "b"), ("c",)), torch.device("cpu"))
+    assert [site.inverse.data_ptr() % 16 for site in scales.sites.values()] == [0] * 9
+    scales.sites["1.b"].amax.fill_(3.5)
+    scales.update()
+    site = scales.sites["1.b"]
+    assert float(site.scale) == 64.0
+    assert float(site.inverse) == 1 / 64.0
+    copies = WorkingCopies(model_of(shape()), torch.float32)
+    copies.refresh([True, True])
+    assert len(copies.blocks8) == 2
+    for weights in copies.blocks8:
+        assert weights is not None
+        assert [weight.inverse.data_ptr() % 16 for weight in weights] == [0] * 4
 
 
 def test_half_a_step_that_is_discarded_leaves_no_trace() -> None:
