@@ -3,7 +3,7 @@
     python benchmarks/draw_curves.py
 
 Left: 136M parameters, two seeds each, difference in validation loss. Right: 1B parameters, training
-loss of both. Writes benchmarks/curves_fp8.svg. Needs matplotlib, which MLflow (the `tracking` extra) brings.
+loss of both. Writes benchmarks/curves_fp8.svg. Needs matplotlib, which MLflow brings.
 """
 
 from __future__ import annotations

@@ -48,6 +48,8 @@ def facts_of(experiment: Experiment) -> dict[str, Any]:
         "steps": experiment.steps,
         "tokens": experiment.tokens,
         "tokens_per_step": experiment.batch.tokens_per_step,
+        "precision": experiment.precision,
+        "kernels": experiment.kernels,
         "micro_batch": setting,
         "accumulation": None
         if setting == "auto"
@@ -70,7 +72,8 @@ def _memory(experiment: Pretrain, shape: ModelShape, size: int) -> dict[str, int
     one block at a time.
     """
     low_precision = experiment.precision != "float32"
-    parts = training_memory(shape, size, low_precision, experiment.sequence)
+    fused = experiment.precision == "fp8" or experiment.kernels == "fused"
+    parts = training_memory(shape, size, low_precision, experiment.sequence, fused=fused)
     if experiment.recompute:
         element = 2 if low_precision else 4
         inputs = size * experiment.sequence * shape.layers * shape.d_model * element
@@ -100,6 +103,8 @@ def print_facts(facts: dict[str, Any]) -> None:
     if "flops_formula" in facts:
         console.print(f"FLOPs per token = {facts['flops_formula']}.", highlight=False)
         console.print("Memory is an estimate; measured peaks are in benchmarks/.", highlight=False)
+        if facts["kernels"] == "auto" and facts["precision"] != "fp8":
+            console.print("With the fused operations, logits take far less.", highlight=False)
 
 
 def _figure(key: str, value: Any) -> str:

@@ -74,8 +74,17 @@ def flops_per_token(shape: ModelShape, sequence: int | None = None) -> int:
     return 6 * (parameters(shape) - positions) + attention
 
 
+_FUSED_TOKENS = 8192
+"""``fused.head.CHUNK``, which needs torch."""
+
+
 def training_memory(
-    shape: ModelShape, micro_batch: int, low_precision: bool, sequence: int | None = None
+    shape: ModelShape,
+    micro_batch: int,
+    low_precision: bool,
+    sequence: int | None = None,
+    *,
+    fused: bool = False,
 ) -> dict[str, int]:
     """Estimated peak bytes of one training step, by part.
 
@@ -84,16 +93,21 @@ def training_memory(
     States are exact (float32 master weights, gradients and two AdamW moments). Activations count
     what the backward pass of a compiled block keeps (16 x d_model elements a token and block: two
     norm inputs and outputs, fused qkv, attention output, and the MLP's hidden layer before and
-    after GELU), the logits twice in float32 and once in the compute precision. An estimate:
-    measured peaks are in ``benchmarks/``.
+    after GELU), the logits twice in float32 and once in the compute precision. With ``fused`` (the
+    fused operations) logits exist for 8,192 tokens at a time, in the compute precision alone, and
+    there is a working copy of the weights. An estimate: measured peaks are in ``benchmarks/``.
     """
     count = parameters(shape)
     element = 2 if low_precision else 4
     tokens = micro_batch * (sequence or shape.context)
-    return {
+    logits = tokens * shape.vocab_size * (2 * 4 + element)
+    if fused:
+        logits = min(tokens, _FUSED_TOKENS) * shape.vocab_size * element
+    parts = {
         "weights": 4 * count,
         "gradients": 4 * count,
         "optimizer": 8 * count,
         "activations": tokens * shape.layers * 16 * shape.d_model * element,
-        "logits": tokens * shape.vocab_size * (2 * 4 + element),
+        "logits": logits,
     }
+    return parts | {"working_copies": element * count} if fused else parts

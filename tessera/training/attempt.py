@@ -195,7 +195,11 @@ class Trainer:
             self.line.say(note)
         self._choose_micro_batch(replica, journal, start)
         peak = peak_flops(program.device, program.compute_dtype)
-        journal.event("attempt/started", start.step, device=attempt.device, peak=peak.source)
+        how = replica.how()
+        journal.event(
+            "attempt/started", start.step, device=attempt.device, peak=peak.source, computed_by=how
+        )
+        self.line.say(f"steps computed by {how}")
         self.line.say(_formula(program, peak))
         session = Session(self.root, self.run, attempt, journal, self.line, peak, self.stop, world)
         return Loop(

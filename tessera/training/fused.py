@@ -55,6 +55,13 @@ class FusedReplica(Replica):
         self._engine = Engine(model, compute_dtype, backend, float8=experiment.precision == "fp8")
         self._interval = experiment.log_every_steps * len(FORWARD + BACKWARD)
 
+    def how(self) -> str:
+        """With the attention backend, which decides a quarter of the speed."""
+        dtype = "bf16" if self._compute_dtype == torch.bfloat16 else "float32"
+        on = len(self._engine.layers_in_float8())
+        eight = f", float8 products in {on} of {len(self.model.blocks)} blocks" if on else ""
+        return f"the fused operations in {dtype}{eight}, attention by {self.attention}"
+
     def micro_step(
         self, inputs: Tensor, targets: Tensor, divisor: int | Tensor, last: bool
     ) -> Tensor:

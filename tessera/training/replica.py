@@ -170,6 +170,12 @@ class Replica:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
+    def how(self) -> str:
+        """What computes the steps, in words for people."""
+        dtype = "bf16" if self._compute_dtype == torch.bfloat16 else "float32"
+        several = "" if self.strategy == SINGLE else f", {self.strategy}"
+        return f"torch in {dtype}{several}"
+
     def clip(self, max_norm: float) -> Tensor:
         """Scale the gradients to a global norm of at most ``max_norm``, at the latest in ``apply``.
 

@@ -90,6 +90,16 @@ def test_flops_a_token_are_those_that_torch_counts(shape: ModelShape) -> None:
     assert counter.get_total_flops() == ids.numel() * 3 * (products + square)
 
 
+def test_the_estimate_for_the_fused_operations_is_what_a_gpu_took() -> None:
+    """66.56 GiB on an H200, benchmarks/throughput.md."""
+    from tessera.model.fused.head import CHUNK
+
+    parts = training_memory(REFERENCE, 8, low_precision=True, fused=True)
+    assert sum(parts.values()) / 2**30 == pytest.approx(66.56, rel=0.02)
+    assert parts["logits"] == CHUNK * REFERENCE.vocab_size * 2
+    assert training_memory(REFERENCE, 1, low_precision=True, fused=True)["logits"] == 2**29
+
+
 def test_memory_states_are_exact_and_activations_grow_with_the_micro_batch() -> None:
     one, four = (training_memory(REFERENCE, n, low_precision=True) for n in (1, 4))
     count = parameters(REFERENCE)

@@ -37,6 +37,16 @@ def test_fused_losses_are_those_of_torch(bench: Bench) -> None:
     assert fused == pytest.approx(plain, rel=1e-5)
 
 
+def test_who_computes_is_recorded(bench: Bench) -> None:
+    run = bench.train("precision=fp8", "batch.micro_batch=2").run
+    (event,) = bench.events(run, "attempt/started")
+    told = "the fused operations in float32, float8 products in 2 of 2 blocks, attention by math"
+    assert event.value["computed_by"] == told
+    plain = bench.train("precision=bf16", "kernels=torch", new=True).run
+    (event,) = bench.events(plain, "attempt/started")
+    assert event.value["computed_by"] == "torch in bf16"
+
+
 def test_float8_learns_as_bf16_does(bench: Bench) -> None:
     calm = ("batch.micro_batch=2", "optimizer.lr=0.005")
     plain = bench.points(bench.train("precision=bf16", *calm).run)
