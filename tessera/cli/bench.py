@@ -89,6 +89,11 @@ def bench(
         experiment_price=settings.price.usd_per_hour if settings.price else None
     )
     told = context.get_parameter_source("root") is ParameterSource.COMMANDLINE
+    if told and experiment is None and not any(o.startswith("data.corpus=") for o in overrides):
+        raise InputError(
+            "--root says where the experiment's corpus is, and no experiment was given; name one, "
+            "add --set data.corpus=NAME, or drop --root for random tokens."
+        )
     batches = _batches(settings, root, told, device, count + WARM_UP)
     subject = Subject(
         settings, source, batches, device, machine.device, _price(price, machine.price)

@@ -210,6 +210,14 @@ def test_the_verdict_for_a_reference_sized_run(
     )
 
 
+def test_a_root_without_an_experiment_is_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = said(capfd, "--quick", "--root", str(tmp_path))
+    assert code == 2
+    assert err.startswith("Error: --root says where the experiment's corpus is, and no experiment")
+
+
 def test_a_verdict_for_fp8_says_what_it_costs_and_what_is_fastest_without(
     minimal: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
