@@ -29,6 +29,7 @@ import torch
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from tessera.cli.attempts import place_of
+from tessera.cli.common import run_script
 from tessera.cloud.machine import describe_machine
 from tessera.experiment import Pretrain, load_experiment
 from tessera.model.loss import summed_cross_entropy
@@ -226,4 +227,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(main))

@@ -38,6 +38,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tessera.cli.common import run_script
 from tessera.model.loss import summed_cross_entropy
 from tessera.model.protogpt import ProtoGPT
 from tessera.model.shape import ModelShape
@@ -359,4 +360,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(main))

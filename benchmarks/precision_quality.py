@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tessera.cli.common import run_script
 from tessera.runs import find_run
 from tessera.storage import open_root
 from tessera.tracking.journal import read_journal
@@ -177,4 +178,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(main))

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tessera.cli.common import run_script
 from tessera.experiment import Pretrain, load_experiment
 from tessera.model.shape import flops_per_token
 from tessera.runs import find_run
@@ -143,4 +144,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(main))

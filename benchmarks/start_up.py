@@ -18,6 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from tessera.cli.common import run_script
 from tessera.experiment import Pretrain, load_experiment
 from tessera.runs import find_run
 from tessera.storage import open_root
@@ -75,4 +76,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(main))

@@ -23,6 +23,7 @@ from itertools import pairwise
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from tessera.cli.common import run_script
 from tessera.experiment import Pretrain, load_experiment
 from tessera.training.bench.runner import StepRunner
 from tessera.training.bench.tokens import random_batches
@@ -148,4 +149,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(main))

@@ -24,6 +24,8 @@ from pathlib import Path
 
 import torch
 
+from tessera.cli.common import run_script
+from tessera.corpus.manifest import resolve
 from tessera.experiment import Pretrain, load_experiment
 from tessera.runs import find_run
 from tessera.storage import open_root
@@ -79,6 +81,7 @@ def main() -> None:
     arguments = parser.parse_args()
     experiment = load_experiment(arguments.experiment, arguments.overrides)
     assert isinstance(experiment, Pretrain)
+    resolve(open_root(arguments.root), experiment.data.corpus, experiment.data.fingerprint)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     before = bare(experiment, device)
     print(f"bare step before: {before:,.0f} tokens/s", flush=True)
@@ -104,4 +107,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(main))

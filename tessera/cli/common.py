@@ -100,6 +100,29 @@ def run_command(command: click.Command, arguments: Sequence[str] | None = None) 
         return _reader_gone()
 
 
+def run_script(main: Callable[[], object]) -> int:
+    """Run the ``main`` of a script that is no click command, with one sentence for what went wrong.
+
+    A command that it ran and that failed has said why already; its exit code is passed on.
+    """
+    import shlex
+    import subprocess
+
+    from tessera.errors import TesseraError
+
+    try:
+        main()
+    except TesseraError as error:
+        if os.environ.get("TESSERA_DEBUG"):
+            raise
+        click.echo(f"Error: {error}", err=True)
+        return error.exit_code
+    except subprocess.CalledProcessError as error:
+        click.echo(f"Error: `{shlex.join(map(str, error.cmd))}` failed, see above.", err=True)
+        return error.returncode
+    return 0
+
+
 def _reader_gone() -> int:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
