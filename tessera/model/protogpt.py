@@ -19,6 +19,7 @@ import hashlib
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -36,15 +37,33 @@ class KVCache(NamedTuple):
     values: Tensor
 
 
+_draws: ContextVar[bool] = ContextVar("draws", default=True)
+"""Whether layers draw weights when they are made; see ``ProtoGPT.unset``."""
+
+
 class Linear(nn.Linear):
     """A linear without bias whose float32 weight is cast to the dtype of its input."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
 
+    def reset_parameters(self) -> None:
+        """``nn.Linear``'s draw, unless nobody wants it."""
+        if _draws.get():
+            super().reset_parameters()
+
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's own name
         """(..., in) -> (..., out)."""
         return F.linear(input, self.weight.to(input.dtype))
+
+
+class Table(nn.Embedding):
+    """An embedding."""
+
+    def reset_parameters(self) -> None:
+        """``nn.Embedding``'s draw, unless nobody wants it."""
+        if _draws.get():
+            super().reset_parameters()
 
 
 class RMSNorm(nn.Module):
@@ -151,8 +170,8 @@ class ProtoGPT(nn.Module):
         super().__init__()
         self.shape = shape
         self.recompute = False
-        self.tokens = nn.Embedding(shape.vocab_size, shape.d_model)
-        self.positions = nn.Embedding(shape.context, shape.d_model)
+        self.tokens = Table(shape.vocab_size, shape.d_model)
+        self.positions = Table(shape.context, shape.d_model)
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
         self.norm = RMSNorm(shape.d_model, shape.norm_eps)
 
@@ -191,9 +210,11 @@ class ProtoGPT(nn.Module):
 
         ``nn.Linear`` would draw each first, which takes 14 s at a billion.
         """
-        with torch.device("meta"):
-            model = cls(shape)
-        return model.to_empty(device="cpu")
+        before = _draws.set(False)
+        try:
+            return cls(shape)
+        finally:
+            _draws.reset(before)
 
     def hidden(self, ids: Tensor, compute_dtype: torch.dtype = torch.float32) -> Tensor:
         """Token ids (B, T) -> final normed states (B, T, C) in ``compute_dtype``."""

@@ -164,19 +164,10 @@ def _alone(device: torch.device) -> World:
 
 
 def _model(experiment: Pretrain, device: torch.device) -> ProtoGPT:
-    """With weights as training draws them, but on the device: a billion take 20 s on a CPU."""
-    with torch.device(device):
-        model = ProtoGPT(model_shape(experiment.model))
-    std = experiment.model.init_std
-    residual = std / math.sqrt(2 * experiment.model.layers)
-    generator = torch.Generator(device).manual_seed(experiment.seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim < 2:
-                parameter.fill_(1.0)
-            else:
-                inner = name.endswith(("attn.out.weight", "mlp.down.weight"))
-                parameter.normal_(0.0, residual if inner else std, generator=generator)
+    """With the weights that training draws."""
+    model = ProtoGPT.unset(model_shape(experiment.model))
+    model.initialize(experiment.seed, experiment.model.init_std)
+    model.to(device)
     model.recompute = experiment.recompute
     return model
 
