@@ -55,7 +55,11 @@ class Held:
             time.sleep(0.01)
 
     def until_read(self) -> None:
-        """Return once somebody reads the pipe; it stays open, and empty."""
+        """Return once somebody waits in a read of the pipe; it stays open, and empty.
+
+        Opened is not enough: a signal between Python's last look for signals and the system call is
+        heard when that returns, and an empty pipe never does.
+        """
 
         def reader_waits() -> bool:
             with suppress(OSError):  # ENXIO: nobody reads yet
@@ -64,6 +68,17 @@ class Held:
             return False
 
         self.until(reader_waits)
+        self.until(self._is_at_rest)
+
+    def _is_at_rest(self) -> bool:
+        assert self.process is not None
+        with suppress(psutil.NoSuchProcess):
+            family = psutil.Process(self.process.pid)
+            every = [family, *family.children(recursive=True)]
+            before = [process.cpu_times()[:2] for process in every]
+            time.sleep(0.2)
+            return before == [process.cpu_times()[:2] for process in every]
+        return False
 
     def write(self, text: str) -> None:
         """What the reader gets; it reads no more after that."""
