@@ -226,8 +226,10 @@ def test_the_parts_of_a_call_share_the_time_that_may_be_lost() -> None:
         list(at_once(flaky, range(10_000), budget))
     assert "reset" in sentence(error)
     assert max(failed.values()) == 4, "some time may be lost"
-    # 20 times 0.02, and the machine's own time; ten thousand parts would take half a minute.
-    assert 0.3 < time.monotonic() - began < 15
+    assert time.monotonic() - began > 0.3  # 20 times 0.02
+    # Of ten thousand parts about ninety lose that much together; counted, for a stall of the machine
+    # takes time and tries nothing.
+    assert len(failed) < 300
 
 
 def test_the_first_part_that_fails_for_good_stops_the_others() -> None:

@@ -88,7 +88,9 @@ def test_fifty_steps_are_those_of_the_paper_and_of_torch(form: str, device: torc
         assert float(mine_off.mean()) < 1.1 * float(torch_off.mean()) + 0.1
         if form == "triton":  # torch's own on a CPU has beta2 in float32, and is 4.4 off
             assert float(mine_off.mean()) < 1.5
-        assert float(mine_off.max()) < 2 * float(torch_off.max()) + 1
+        assert float(mine_off.max()) < 1.25 * float(torch_off.max()) + 1
+        if form == "torch":
+            assert torch.equal(one, two)
         for key in ("exp_avg", "exp_avg_sq"):
             left, right = mine.state[one][key], torchs.state[two][key]
             assert (
