@@ -227,8 +227,8 @@ def test_the_parts_of_a_call_share_the_time_that_may_be_lost() -> None:
     assert "reset" in sentence(error)
     assert max(failed.values()) == 4, "some time may be lost"
     assert time.monotonic() - began > 0.3  # 20 times 0.02
-    # Of ten thousand parts about ninety lose that much together; counted, for a stall of the machine
-    # takes time and tries nothing.
+    # Of ten thousand parts about ninety lose that much together. Counted, because a stall of the
+    # machine takes time and tries nothing.
     assert len(failed) < 300
 
 
