@@ -45,6 +45,8 @@ class SourceRecipe(_Part):
     url: str | None = None
     synthetic: bool = False
     """Whether a language model wrote the text."""
+    max_bytes: Annotated[int, Field(gt=0)] | None = None
+    """UTF-8 bytes of text to take from it; it ends with the document that reaches them."""
     note: str | None = None
 
     @model_validator(mode="after")
@@ -122,6 +124,9 @@ class Recipe(_Part):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
     description: str = ""
     sources: Annotated[tuple[SourceRecipe, ...], Field(min_length=1)]
+    interleave: bool = False
+    """Read all sources side by side, each in proportion to its ``max_bytes`` (else the size of its
+    files), so that every shard holds the whole mixture. Otherwise one after the other."""
     normalise: NormaliseRecipe = NormaliseRecipe()
     dedup: DedupRecipe = DedupRecipe()
     holdout: HoldoutRecipe

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tessera.corpus.clean import SPLITS, Split, normalise, split_of, text_digest
+from tessera.corpus.mixture import in_order
 from tessera.corpus.recipe import Recipe
 from tessera.corpus.sources import Consumed, Source
 from tessera.errors import InputError
@@ -73,29 +74,28 @@ class Spool:
         holdout = recipe.holdout
         files = {split: path.open("wb") for split, path in self._paths.items()}
         try:
-            for index, source in enumerate(sources):
+            for index, document, size in in_order(sources, recipe.interleave, consumed):
                 counts = self.counts[index]
-                for document in source.documents(consumed):
-                    counts.read_documents += 1
-                    counts.read_bytes += len(document.text.encode("utf-8", "surrogatepass"))
-                    text = normalise(document.text, recipe.normalise).encode()
-                    if not text:
+                counts.read_documents += 1
+                counts.read_bytes += size
+                text = normalise(document.text, recipe.normalise).encode()
+                if not text:
+                    continue
+                counts.clean_documents += 1
+                counts.clean_bytes += len(text)
+                number = self.kept
+                if recipe.dedup.exact:
+                    original = first.setdefault(text_digest(text), number)
+                    if original != number:
+                        counts.duplicate_documents += 1
+                        counts.duplicate_bytes += len(text)
+                        self.duplicate_source.append(index)
+                        self.duplicate_of.append(original)
                         continue
-                    counts.clean_documents += 1
-                    counts.clean_bytes += len(text)
-                    number = self.kept
-                    if recipe.dedup.exact:
-                        original = first.setdefault(text_digest(text), number)
-                        if original != number:
-                            counts.duplicate_documents += 1
-                            counts.duplicate_bytes += len(text)
-                            self.duplicate_source.append(index)
-                            self.duplicate_of.append(original)
-                            continue
-                    split = split_of(text, salt=holdout.salt, fraction=holdout.fraction)
-                    files[split].write(_RECORD.pack(index, len(text), number) + text)
-                    self.documents[split] += 1
-                    self.text_bytes[split] += len(text)
+                split = split_of(text, salt=holdout.salt, fraction=holdout.fraction)
+                files[split].write(_RECORD.pack(index, len(text), number) + text)
+                self.documents[split] += 1
+                self.text_bytes[split] += len(text)
         finally:
             for file in files.values():
                 file.close()

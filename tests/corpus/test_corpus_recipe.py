@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tessera.corpus.recipe import expand_variables, load_recipe
 from tessera.errors import InputError
@@ -32,9 +33,20 @@ def test_a_recipe_is_read_and_frozen(write_recipe: Write) -> None:
             setattr(recipe, key, "other")
 
 
-@pytest.mark.parametrize("name", ["sample.yaml", "novels_ja_en.yaml"])
+RECIPES = sorted(path.name for path in (REPOSITORY / "data_manifests").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_the_recipes_of_the_repository_are_valid(name: str) -> None:
     assert load_recipe(REPOSITORY / "data_manifests" / name).sources
+
+
+def test_there_is_a_recipe_for_every_corpus_that_an_experiment_names() -> None:
+    files = (REPOSITORY / "experiments").glob("*.yaml")
+    read = [yaml.safe_load(path.read_text("utf-8")) for path in files]
+    named = {e["data"]["corpus"] for e in read if "corpus" in e.get("data", {})}
+    known = {load_recipe(REPOSITORY / "data_manifests" / name).name for name in RECIPES}
+    assert "web-books-academic" in named <= known
 
 
 @pytest.mark.parametrize(
