@@ -29,6 +29,8 @@ Consumed = Callable[[int], None]
 """Told how many bytes of input were read since the last call; drives a progress bar."""
 
 _PARQUET_ROWS = 256
+_NETWORK = frozenset({"httpx", "httpcore", "aiohttp", "requests", "urllib3", "huggingface_hub"})
+_FORMATS = frozenset({"pyarrow", "zlib", "_lzma", "lzma"})
 
 
 @dataclass(frozen=True)
@@ -219,8 +221,14 @@ def _readable(name: str) -> Iterator[None]:
     except OSError as error:
         raise StoreError(f"{name} cannot be read ({error}); try again or restore it.") from error
     except Exception as error:
-        # pyarrow's and zlib's own types, without importing either for a text file.
-        if type(error).__module__.split(".")[0] not in {"pyarrow", "zlib", "_lzma", "lzma"}:
+        # The libraries' own types, without importing any of them for a text file.
+        library = type(error).__module__.split(".")[0]
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if library in _NETWORK:
+            raise StoreError(
+                f"{name} cannot be reached ({reason}); check the network and the path, then try "
+                "again."
+            ) from error
+        if library not in _FORMATS:
             raise
-        reason = " ".join(str(error).split())
         raise InputError(f"{name} is damaged or of another format ({reason}).") from error

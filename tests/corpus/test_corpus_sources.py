@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -153,6 +156,22 @@ def test_sources_of_another_store(open_source: OpenSource) -> None:
     first = source.digest()
     store.pipe_file("/corpus-test/s.jsonl", json.dumps({"text": "changed!"}).encode())
     assert open_source(path="memory://corpus-test/*.jsonl").digest() != first
+
+
+def test_a_hub_that_does_not_answer_is_one_sentence(tmp_path: Path, write_recipe: Any) -> None:
+    source = {"name": "s", "format": "parquet", "language": "en", "licence": "CC0-1.0"}
+    recipe = write_recipe(sources=[source | {"path": "hf://datasets/someone/texts/*.parquet"}])
+    # The library reads its endpoint when it is imported, hence a process of its own.
+    done = subprocess.run(
+        [sys.executable, "-m", "tessera", "corpus", "build", str(recipe), "--root", str(tmp_path)],
+        env=os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 75, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "hf://datasets/someone/texts/*.parquet cannot be reached" in done.stderr
 
 
 def test_docstrings_are_found_where_python_finds_them(tmp_path: Path) -> None:
