@@ -14,6 +14,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -64,10 +65,10 @@ def find_key(environ: Mapping[str, str] = os.environ) -> str | None:
     """
     if key := environ.get(KEY_VARIABLE, "").strip():
         return key
-    home = Path(environ.get("HOME") or Path.home())
+    home = Path(environ.get("HOME") or "/nonexistent")
     configs = Path(environ.get("XDG_CONFIG_HOME") or home / ".config")
-    places = [configs / "vastai", home / ".config" / "vastai"]
-    for path in (*(place / "vast_api_key" for place in places), home / ".vast_api_key"):
+    folders = (configs / "vastai", home / ".config" / "vastai")
+    for path in (*(folder / "vast_api_key" for folder in folders), home / ".vast_api_key"):
         try:
             if key := path.read_text(encoding="utf-8").strip():
                 return key
@@ -106,6 +107,8 @@ class VastClient:
                 "it again from https://cloud.vast.ai/manage-keys/."
             )
         self._key = found
+        self.clock_ahead_s = 0.0
+        """Seconds that vast.ai's clock is ahead of this one, by its last answer; whole seconds."""
         self.url = (url or os.environ.get(URL_VARIABLE) or DEFAULT_URL).rstrip("/")
         self._tries, self._timeout_s, self._patience_s = tries, timeout_s, patience_s
         try:
@@ -285,6 +288,7 @@ class VastClient:
             except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
                 reason = self._struck_out(str(error) or type(error).__name__)
                 raise _TryAgainError(f"cannot be reached ({reason})") from None
+            self.clock_ahead_s = _ahead_s(response.headers.get("Date"))
             return self._read(response, path, absent_ok)
 
         retrying = Retrying(
@@ -363,3 +367,12 @@ def _wait(state: RetryCallState) -> float:
     error = state.outcome.exception() if state.outcome else None
     asked = error.after_s if isinstance(error, _TryAgainError) else None
     return _WAIT(state) if asked is None else asked
+
+
+def _ahead_s(date: str | None) -> float:
+    """Seconds that a server's ``Date`` header is ahead of this clock; 0 where it tells none."""
+    try:
+        then = parsedate_to_datetime(date or "").timestamp()
+    except (ValueError, TypeError):
+        return 0.0
+    return then - time.time()
