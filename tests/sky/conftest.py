@@ -28,6 +28,9 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     home = tmp_path_factory.mktemp("skypilot")
     (home / ".sky").mkdir()
     (home / ".sky" / "config.yaml").write_text(CONFIG)
+    (home / ".tessera").mkdir()
+    for name in ("env", "run-tessera-configure-first"):
+        (home / ".tessera" / name).touch()
     shutil.copytree(HERE / "catalogs", home / ".sky" / "catalogs" / "v8")
     answers = home / "answers.json"
     dead_proxy = "http://127.0.0.1:9"
