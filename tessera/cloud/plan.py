@@ -211,7 +211,7 @@ def _remarks(
             if card and (told := published(experiment, card, line.offer.all_gpus, measurements)):
                 hours = experiment.tokens / told.tokens_per_s / 3600
                 said.append(
-                    f"On one {card.name} the reference run's own code made {told.tokens_per_s:,.0f} "
+                    f"On an {card.name} the reference run's own code made {told.tokens_per_s:,.0f} "
                     f"tokens/s: {hours:,.1f} h. Ours is not measured there; `tessera preflight` on "
                     "the machine tells before it trains."
                 )

@@ -64,10 +64,10 @@ class TaskFile:
                 f"{path} cannot be read ({first_line(error)}); expected a SkyPilot task."
             ) from error
         if not isinstance(loaded, dict) or not isinstance(loaded.get("resources"), dict):
-            raise InputError(
-                f"{path} is no SkyPilot task with resources; name another with --task."
-            )
+            raise InputError(f"{path} is no SkyPilot task with resources; name another by --task.")
         self.config: dict[str, Any] = loaded
+        self.bid_given = False
+        """Whether a person gave another bid than the file's."""
 
     @property
     def envs(self) -> dict[str, str]:
@@ -90,6 +90,7 @@ class TaskFile:
     def bid(self, usd_per_hour: float) -> None:
         vast = self.config.setdefault("config", {}).setdefault("vast", {})
         vast.setdefault("create_instance_kwargs", {})["bid_price"] = usd_per_hour
+        self.bid_given = True
 
     def _vast_kwargs(self) -> dict[str, Any]:
         vast = (self.config.get("config") or {}).get("vast") or {}
@@ -124,14 +125,22 @@ class TaskFile:
         counts = [int(name.partition(":")[2] or 1) for name in names if name]
         return max(counts, default=0)
 
-    def task(self, entry: Mapping[str, Any], envs: Mapping[str, str], *, whole: bool = True) -> Any:
+    def task(
+        self,
+        resources: Mapping[str, Any],
+        envs: Mapping[str, str],
+        *,
+        name: str | None = None,
+        whole: bool = True,
+    ) -> Any:
         """A ``sky.Task`` on these resources; without ``whole`` only to be planned, not launched.
 
         Raises ``InputError`` for what SkyPilot refuses.
         """
         sky = require_skypilot()
         config = copy.deepcopy(self.config)
-        config["resources"] = dict(entry)
+        config["resources"] = dict(resources)
+        config["name"] = name or config.get("name")
         config["envs"] = {**self.envs, **envs}
         if not whole:  # the credentials file and the keys may not be there yet
             config.pop("file_mounts", None)

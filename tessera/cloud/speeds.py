@@ -180,7 +180,7 @@ class _Wanted:
         )  # fmt: skip
 
     def same_kind(self, m: Measurement) -> bool:
-        """Near enough to project from; several GPUs from several, since they wait for each other."""
+        """Near enough to project from; several GPUs from several: they wait for each other."""
         return (
             m.kernels != "other"
             and m.precision == self.precision
