@@ -5,6 +5,7 @@
     │   └── ConflictError   2    it contradicts what the root already holds
     ├── DivergedError       3    the loss is no longer a number worth paying for
     └── RetryElsewhereError 75   another machine or another moment may help
+        ├── ProviderError   75   the cloud provider did not answer as it should
         └── StoreError      75   the object store did not answer as it should
             ├── NotFoundError 75 the store answered: there is no such object
             └── DamagedError  2  the store answered with bytes that contradict their digest or form
@@ -55,6 +56,10 @@ class RetryElsewhereError(TesseraError):
     """Another machine or another moment may help."""
 
     exit_code = 75
+
+
+class ProviderError(RetryElsewhereError):
+    """The provider of the machine (its API) failed after every try, or answered nonsense."""
 
 
 class StoreError(RetryElsewhereError):

@@ -114,7 +114,10 @@ class Attempt:
     """One launch of a run: where it runs, what that costs, and what it continues.
 
     Times are seconds since the epoch; ``usd_per_hour`` is None where nobody told a price,
-    ``usd_per_gb_up`` is the price of 10^9 bytes from the machine to the root.
+    ``usd_per_gb_up`` and ``usd_per_gb_down`` are the prices of 10^9 bytes from the machine to the
+    root and back. ``price_note`` says why the provider's own price is missing where it was asked
+    for; ``price_followed``, whether it is asked for again while the attempt runs, so that the
+    journal may tell of other prices. ``machine`` is the provider's name of the physical host.
     """
 
     number: int
@@ -132,6 +135,10 @@ class Attempt:
     setup_started_at: float | None = None
     resumed_from: CheckpointRef | None = None
     usd_per_gb_up: float = 0.0
+    usd_per_gb_down: float = 0.0
+    machine: str = ""
+    price_note: str = ""
+    price_followed: bool = False
 
     @property
     def id(self) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-_OURS = ("TESSERA_", "MLFLOW_", "AWS_", "SKYPILOT_")
+_OURS = ("TESSERA_", "MLFLOW_", "AWS_", "SKYPILOT_", "VAST_")
 
 
 @pytest.fixture(autouse=True)

@@ -22,5 +22,9 @@ def place_of(machine: Machine) -> Attempt:
         billed_from=machine.billed_from,
         billed_from_source=machine.billed_from_source,
         setup_started_at=machine.setup_started_at,
-        usd_per_gb_up=machine.traffic.usd_per_gb_up,
+        usd_per_gb_up=machine.traffic.usd_per_gb,
+        usd_per_gb_down=machine.traffic_down.usd_per_gb,
+        machine=machine.machine,
+        price_note=machine.price.note,
+        price_followed=machine.ask_price is not None,
     )

@@ -1,9 +1,11 @@
 """Facts of the machine that an attempt runs on: provider, instance, device, price, bill.
 
-Nothing is asked over the network here. A cloud host is recognised by the variables that its
-provider or SkyPilot sets in the job. Where the bill began: ``TESSERA_BILLED_FROM``, else when the
-container's first process started. A machine of one's own (provider ``local``) has been on since
-it was booted, and nobody bills those hours: there it is when this process started.
+A cloud host is recognised by the variables that its provider or SkyPilot sets in the job. On
+vast.ai the provider is asked, for ten seconds at most, what this instance costs and since when
+(``tessera.cloud.billing``); nowhere else is anything asked over the network. Where the bill began:
+the provider's figure, ``TESSERA_BILLED_FROM``, else when the container's first process started. A
+machine of one's own (provider ``local``) has been on since it was booted, and nobody bills those
+hours: there it is when this process started.
 """
 
 from __future__ import annotations
@@ -15,15 +17,27 @@ import platform
 import socket
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
-from tessera.errors import InputError
+from tessera.cloud.billing import (
+    PATIENCE_S,
+    Rental,
+    VastHost,
+    first_environ,
+    vast_container,
+    within,
+)
+from tessera.errors import InputError, TesseraError
 from tessera.ledger.prices import (
+    CATALOG_VARIABLE,
+    DOWN_VARIABLE,
     PRICE_VARIABLE,
-    TRAFFIC_VARIABLE,
+    PROVIDER,
+    UP_VARIABLE,
+    AskPrice,
     HourlyPrice,
     TrafficPrice,
     choose_price,
@@ -39,74 +53,139 @@ _CLOCK_SKEW_S = 3600.0
 
 @dataclass(frozen=True)
 class Machine:
-    """Where an attempt runs; times in seconds since the epoch."""
+    """Where an attempt runs; times in seconds since the epoch.
+
+    ``machine`` is the provider's name of the physical host, empty where it told none. ``ask_price``
+    asks the provider again; None where there is nobody to ask.
+    """
 
     provider: str
     instance: str
+    machine: str
     host: str
     device: str
     devices: int
     price: HourlyPrice
     traffic: TrafficPrice
+    traffic_down: TrafficPrice
     process_started_at: float
     billed_from: float
     billed_from_source: str
     setup_started_at: float | None
+    ask_price: AskPrice | None = field(default=None, compare=False)
 
 
 def describe_machine(
     *,
     experiment_price: float | None = None,
     experiment_traffic_price: float | None = None,
+    experiment_down_price: float | None = None,
     environ: Mapping[str, str] = os.environ,
+    ask: bool = True,
 ) -> Machine:
-    """This machine, as the environment and the hardware tell it.
+    """This machine, as the environment, the hardware and its provider tell it.
 
-    The experiment's prices, in US dollars an hour and for 10^9 bytes to the root, count where the
-    environment has none. Raises ``InputError`` for a variable that is not the number it should be.
+    The experiment's prices, in US dollars an hour and for 10^9 bytes to the root and from it, count
+    where nobody else tells one. Without ``ask`` the provider is not asked: one of several workers
+    is enough. Raises ``InputError`` for a variable that is not the number it should be.
     """
-    provider, instance = _provider(environ)
+    place = _place(environ)
     device, devices = _device()
     started = psutil.Process().create_time()
-    given = _epoch(environ, BILLED_FROM_VARIABLE)
-    if given is not None:
-        billed_from, source = given, BILLED_FROM_VARIABLE
-    elif provider == LOCAL:
-        billed_from, source = started, "start of this process"
-    else:
-        billed_from, source = psutil.Process(1).create_time(), "start of the first process"
+    rental, note = _rental(place) if ask else (None, "")
+    quote = rental.quote if rental else None
+    billed_from, source = _billed_from(environ, place.provider, started, rental)
     return Machine(
-        provider=provider,
-        instance=instance,
+        provider=place.provider,
+        instance=rental.instance if rental else place.instance,
+        machine=rental.machine if rental else "",
         host=socket.gethostname(),
         device=device,
         devices=devices,
-        price=choose_price(variable=environ.get(PRICE_VARIABLE), experiment=experiment_price),
+        price=choose_price(
+            provider=quote.usd_per_hour if quote else None,
+            variable=environ.get(PRICE_VARIABLE),
+            catalog=environ.get(CATALOG_VARIABLE),
+            experiment=experiment_price,
+            note=note,
+        ),
         traffic=choose_traffic_price(
-            variable=environ.get(TRAFFIC_VARIABLE), experiment=experiment_traffic_price
+            provider=quote.usd_per_gb_up if quote else None,
+            variable=environ.get(UP_VARIABLE),
+            experiment=experiment_traffic_price,
+        ),
+        traffic_down=choose_traffic_price(
+            provider=quote.usd_per_gb_down if quote else None,
+            variable=environ.get(DOWN_VARIABLE),
+            experiment=experiment_down_price,
+            name=DOWN_VARIABLE,
         ),
         process_started_at=started,
         billed_from=billed_from,
         billed_from_source=source,
         setup_started_at=_epoch(environ, SETUP_STARTED_VARIABLE),
+        ask_price=place.vast.quote if place.vast and ask else None,
     )
 
 
-def _provider(environ: Mapping[str, str]) -> tuple[str, str]:
-    """Provider and the instance's own name; the container's word counts before SkyPilot's."""
+def _billed_from(
+    environ: Mapping[str, str], provider: str, started: float, rental: Rental | None
+) -> tuple[float, str]:
+    """When the bill began and who says so; never after this process started."""
+    said = rental.billed_from if rental else None
+    given = _epoch(environ, BILLED_FROM_VARIABLE)
+    if said is not None and _EARLIEST < said < time.time() + _CLOCK_SKEW_S:
+        return min(said, started), PROVIDER
+    if given is not None:
+        return given, BILLED_FROM_VARIABLE
+    if provider == LOCAL:
+        return started, "start of this process"
+    return psutil.Process(1).create_time(), "start of the first process"
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Provider, the instance's own name, and whom to ask about it."""
+
+    provider: str
+    instance: str
+    vast: VastHost | None = None
+
+
+def _rental(place: _Place) -> tuple[Rental | None, str]:
+    """What the provider says about this instance, or why there is nothing: one clause."""
+    if place.vast is None:
+        return None, ""
+    try:
+        return within(PATIENCE_S, place.vast.rental), ""
+    except TesseraError as error:
+        said = str(error)
+        return None, said.rpartition("; ")[0] or said.rstrip(".")
+
+
+def _place(environ: Mapping[str, str]) -> _Place:
+    """Where this is; the container's word counts before SkyPilot's.
+
+    In an ssh session, and so in SkyPilot's jobs, the container's variables are those of its first
+    process.
+    """
     cluster, cloud = "", ""
     try:
         info = json.loads(environ.get("SKYPILOT_CLUSTER_INFO") or "{}")
         cluster, cloud = str(info.get("cluster_name", "")), str(info.get("cloud", "")).lower()
     except (ValueError, AttributeError):
         pass
-    if label := environ.get("VAST_CONTAINERLABEL"):
-        return "vast", label
+    container = vast_container(environ, cloud)
+    if container is None and cloud == "vast":
+        container = vast_container(first_environ(), cloud)
+    if container is not None:
+        return _Place("vast", container, VastHost(container, environ))
     if pod := environ.get("RUNPOD_POD_ID"):
-        return "runpod", pod
+        return _Place("runpod", pod)
     if cloud:
-        return cloud, f"{cluster}/{socket.gethostname()}"
-    return LOCAL, f"{socket.gethostname()}/{_boot_id()}"
+        vast = VastHost(cluster, environ) if cloud == "vast" and cluster else None
+        return _Place(cloud, f"{cluster}/{socket.gethostname()}", vast)
+    return _Place(LOCAL, f"{socket.gethostname()}/{_boot_id()}")
 
 
 def _boot_id() -> str:

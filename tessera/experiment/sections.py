@@ -205,11 +205,13 @@ class Stability(Section):
 class Price(Section):
     """What the machine costs when neither the provider nor TESSERA_USD_PER_HOUR says.
 
-    ``usd_per_gb_up`` is the price of traffic from the machine to the root, per 10^9 bytes.
+    ``usd_per_gb_up`` is the price of traffic from the machine to the root, per 10^9 bytes, and
+    ``usd_per_gb_down`` that of the way back.
     """
 
     usd_per_hour: float = free(ge=0)
     usd_per_gb_up: float = free(0.0, ge=0)
+    usd_per_gb_down: float = free(0.0, ge=0)
     note: str = free("")
 
 

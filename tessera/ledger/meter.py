@@ -4,14 +4,18 @@ The cost of an instance is its price times the union of its billed intervals, an
 belongs to exactly one attempt. Several attempts of one or many runs may share an instance, and
 each may name the instance's creation as the start of its bill: the one that started first owns
 its interval, the next owns what is left (so an idle gap between two attempts is paid by the later
-one).
+one). A price that changes (a bid that moves) holds from the time at which it was seen.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+
+from tessera.ledger.prices import PriceChange
 
 Interval = tuple[float, float]
 
@@ -26,6 +30,7 @@ class Usage:
     """The billed life of one attempt; times in seconds since the epoch.
 
     ``ended_at`` is what the attempt said, or its last heartbeat with ``estimated`` set.
+    ``usd_per_hour`` holds until the first of ``prices``, each of which holds until the next.
     """
 
     attempt: str
@@ -36,6 +41,7 @@ class Usage:
     ended_at: float
     usd_per_hour: float | None
     estimated: bool = False
+    prices: tuple[PriceChange, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,10 +85,29 @@ def bill(usages: Iterable[Usage]) -> dict[str, Bill]:
             own = subtract(wanted, taken)
             taken = sorted([*taken, *own])
             seconds = sum(end - start for start, end in own)
-            price = usage.usd_per_hour
-            usd = None if price is None else price * seconds / 3600
+            usd = time_usd(own, usage.usd_per_hour, usage.prices)
             bills[usage.attempt] = Bill(usage.attempt, tuple(own), seconds, usd, usage.estimated)
     return bills
+
+
+def time_usd(
+    intervals: Iterable[Interval], usd_per_hour: float | None, prices: Sequence[PriceChange] = ()
+) -> float | None:
+    """US dollars of disjoint intervals, each second at the price that held then.
+
+    Before the first of ``prices`` that is ``usd_per_hour``; where nobody had told one, the first
+    that was told is the best guess. None if there never was one.
+    """
+    changes = sorted(prices)
+    if usd_per_hour is None and not changes:
+        return None
+    first = changes[0][1] if usd_per_hour is None else usd_per_hour
+    steps = [(-math.inf, first), *changes, (math.inf, 0.0)]
+    total = 0.0
+    for start, end in intervals:
+        for (since, price), (until, _) in pairwise(steps):
+            total += price * max(0.0, min(end, until) - max(start, since))
+    return total / 3600
 
 
 def _reach(usage: Usage) -> tuple[float, bool]:

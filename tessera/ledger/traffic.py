@@ -1,7 +1,8 @@
-"""Traffic: bytes that an attempt sent to the root, their dollars, and the words for them.
+"""Traffic: bytes between an attempt and the root, their dollars, and the words for them.
 
-Every upload leaves one journal record of its bytes. All of them are paid for, those of attempts
-whose work was lost too: no lineage is asked here.
+Every upload of a checkpoint leaves one journal record of its bytes, and every log point one of what
+was downloaded since the last. All of them are paid for, those of attempts whose work was lost too:
+no lineage is asked here.
 """
 
 from __future__ import annotations
@@ -12,18 +13,21 @@ from collections.abc import Iterable
 UP_BYTES = "traffic/up_bytes"
 """The journal metric: bytes sent to a root that is not a folder of this machine, once an upload."""
 
+DOWN_BYTES = "traffic/down_bytes"
+"""The journal metric: bytes fetched from such a root since the record before."""
+
 BYTES_PER_GB = 10**9
 _UNITS = ("kB", "MB", "GB", "TB")
 
 
-def count_bytes(uploads: Iterable[float]) -> int:
-    """The sum of uploads in bytes; a figure that cannot be (NaN, negative) counts as nothing."""
-    return sum(round(sent) for sent in uploads if math.isfinite(sent) and sent > 0)
+def count_bytes(transfers: Iterable[float]) -> int:
+    """The sum of transfers in bytes; a figure that cannot be (NaN, negative) counts as nothing."""
+    return sum(round(size) for size in transfers if math.isfinite(size) and size > 0)
 
 
-def traffic_usd(sent: int, usd_per_gb_up: float) -> float:
-    """US dollars of ``sent`` bytes at a price for 10^9 of them."""
-    return sent * usd_per_gb_up / BYTES_PER_GB
+def traffic_usd(transferred: int, usd_per_gb: float) -> float:
+    """US dollars of so many bytes at a price for 10^9 of them."""
+    return transferred * usd_per_gb / BYTES_PER_GB
 
 
 def plus_traffic(instance_usd: float | None, usd: float) -> float | None:

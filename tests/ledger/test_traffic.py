@@ -26,8 +26,8 @@ def test_the_best_source_of_the_price_of_traffic_counts() -> None:
     assert choose(variable="0.02", experiment=3.0) == TrafficPrice(0.02, "TESSERA_USD_PER_GB_UP")
     assert choose(variable="", experiment=3.0) == TrafficPrice(3.0, "experiment")
     assert choose() == TrafficPrice(0.0, "not billed")
-    assert choose(variable="0", experiment=3.0).usd_per_gb_up == 0.0
-    assert choose(provider=0.0, experiment=3.0).usd_per_gb_up == 0.0
+    assert choose(variable="0", experiment=3.0).usd_per_gb == 0.0
+    assert choose(provider=0.0, experiment=3.0).usd_per_gb == 0.0
 
 
 @pytest.mark.parametrize("text", ["two", "$0.02", "0,02", "nan", "inf", "-1", " ", "1e400"])
