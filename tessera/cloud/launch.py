@@ -68,17 +68,10 @@ class Order:
         return tuple(reversed(found.values()))
 
     def envs(self) -> dict[str, str]:
-        """What the job's environment gets; keys travel in the credentials file alone."""
-        catalog = self.offer.catalog_usd_per_hour
-        found = {
-            "TESSERA_EXPERIMENT": self.experiment,
-            "TESSERA_SET": shlex.join(self.overrides),
-            "TESSERA_RUN_ID": self.run_id,
-            "TESSERA_CATALOG_USD_PER_HOUR": "" if catalog is None else f"{catalog:g}",
-            "TESSERA_BUDGET_USD": "" if self.budget_usd is None else f"{self.budget_usd:g}",
-            "TESSERA_GPU": self.card.reported if self.card else "",
-        }
-        return {name: value for name, value in found.items() if value}
+        """What the job's environment gets."""
+        return job_envs(
+            self.experiment, self.overrides, self.run_id, self.offer, self.budget_usd, self.card
+        )
 
     def task(self) -> Any:
         """The ``sky.Task`` that is launched; ``InputError`` for what SkyPilot refuses."""
@@ -89,6 +82,30 @@ class Order:
     def command(self) -> str:
         """The plain SkyPilot command that rents the chosen offer."""
         return sky_command(self.file, self.offer, self.envs(), name=self.name, managed=self.managed)
+
+
+def job_envs(
+    experiment: str,
+    overrides: Sequence[str],
+    run_id: str,
+    offer: Offer,
+    budget_usd: float | None,
+    card: Card | None,
+) -> dict[str, str]:
+    """The variables that a job is launched with; keys travel in the credentials file alone.
+
+    ``card`` is another GPU than the task file's, if a person asked for one.
+    """
+    catalog = offer.catalog_usd_per_hour
+    found = {
+        "TESSERA_EXPERIMENT": experiment,
+        "TESSERA_SET": shlex.join(overrides),
+        "TESSERA_RUN_ID": run_id,
+        "TESSERA_CATALOG_USD_PER_HOUR": "" if catalog is None else f"{catalog:g}",
+        "TESSERA_BUDGET_USD": "" if budget_usd is None else f"{budget_usd:g}",
+        "TESSERA_GPU": card.reported if card else "",
+    }
+    return {name: value for name, value in found.items() if value}
 
 
 def _kind(offer: Offer) -> tuple[str, Card | None, int]:

@@ -25,10 +25,10 @@ class Peak:
 
 def peak_flops(device: torch.device, dtype: torch.dtype, devices: int = 1) -> Peak:
     """The denominator of MFU for ``devices`` devices like this one."""
-    if device.type == "cuda" and dtype == torch.bfloat16:
-        if found := bf16_flops(torch.cuda.get_device_name(device)):
-            model, flops = found
-            return Peak(devices * flops, f"{model} data sheet, dense bf16")
+    known = device.type == "cuda" and dtype == torch.bfloat16
+    if known and (found := bf16_flops(torch.cuda.get_device_name(device))):
+        model, flops = found
+        return Peak(devices * flops, f"{model} data sheet, dense bf16")
     spelled = str(dtype).removeprefix("torch.")
     return Peak(devices * _measure(device, dtype), f"measured {spelled} matrix product")
 
