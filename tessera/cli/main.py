@@ -28,6 +28,8 @@ _RETRY = 75
 _ELSEWHERE = {
     "bench": ("tessera.cli.bench", "bench", "Measure this machine's speed and a run's cost."),
     "corpus": ("tessera.cli.corpus", "corpus", "Build and verify token shards."),
+    "launch": ("tessera.cli.launch", "launch", "Rent a machine and train there."),
+    "plan": ("tessera.cli.plan", "plan", "What a run costs on what can be rented now."),
     "interview": ("tessera.cli.interview", "interview", "Ask a voice the probes; show answers."),
 }
 
@@ -161,9 +163,11 @@ def _require_folder(store: Root, settings: Experiment) -> None:
     if not store.is_absent():
         return
     if isinstance(settings, Pretrain):
+        from tessera.corpus.recipe import recipe_for
+
         name = settings.data.corpus
         missing = f"Corpus {name!r} is not built"
-        command = f"tessera corpus build data_manifests/{name}.yaml --root {store.url}"
+        command = f"tessera corpus build {recipe_for(name)} --root {store.url}"
     else:
         missing = f"Base {settings.base!r} is not trained"
         command = f"tessera train EXPERIMENT --root {store.url}"
