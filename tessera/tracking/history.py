@@ -17,10 +17,12 @@ from functools import cached_property
 
 from tessera.errors import DamagedError
 from tessera.ledger.meter import Bill, Span, Usage, bill, file_seconds
-from tessera.ledger.traffic import UP_BYTES, count_bytes, traffic_usd
+from tessera.ledger.prices import PriceChange
+from tessera.ledger.traffic import DOWN_BYTES, UP_BYTES, count_bytes, traffic_usd
 from tessera.runs import OUTCOMES_DONE, Attempt, Ending, Run, Segment, scan_runs
 from tessera.storage import Root
 from tessera.tracking.journal import Kind, Record, last_record_time, read_journal
+from tessera.tracking.told import HOUR, LATE, corrected, late_quote, price_changes
 
 ALIVE_S = 90.0
 """An attempt without an ending lives if its last record is younger; uploads come every 30 s."""
@@ -35,8 +37,9 @@ _READERS = 8  # object stores answer slowly but many at once
 class AttemptHistory:
     """One attempt and its records; times in seconds since the epoch.
 
-    ``ended_at`` is what it said, else the time of its last record in the root (its own start if it
-    left none). ``estimated`` marks that figure for an attempt that is neither ended nor alive.
+    ``attempt`` has the prices that its provider told late, if it did. ``ended_at`` is what it said,
+    else the time of its last record in the root (its own start if it left none). ``estimated``
+    marks that figure for an attempt that is neither ended nor alive.
     """
 
     attempt: Attempt
@@ -56,22 +59,37 @@ class AttemptHistory:
         a = self.attempt
         return Usage(
             a.id, a.provider, a.instance, a.started_at, a.billed_from, self.ended_at,
-            a.usd_per_hour, self.estimated,
+            a.usd_per_hour, self.estimated, self.prices,
         )  # fmt: skip
+
+    @cached_property
+    def prices(self) -> tuple[PriceChange, ...]:
+        """When its price of an hour changed, and to what."""
+        return price_changes((record.time, record.number) for record in self._metrics(HOUR))
 
     @cached_property
     def traffic_bytes(self) -> int:
         """Bytes that it sent to the root; whatever became of the work, they are paid for."""
-        return count_bytes(
-            record.number
-            for record in self.records
-            if record.kind == "metric" and record.key == UP_BYTES
-        )
+        return count_bytes(record.number for record in self._metrics(UP_BYTES))
+
+    @cached_property
+    def traffic_down_bytes(self) -> int:
+        """Bytes that it fetched from the root."""
+        return count_bytes(record.number for record in self._metrics(DOWN_BYTES))
+
+    @property
+    def upload_usd(self) -> float:
+        """US dollars of what it sent; 0 where the attempt's traffic is not billed."""
+        return traffic_usd(self.traffic_bytes, self.attempt.usd_per_gb_up)
 
     @property
     def traffic_usd(self) -> float:
-        """US dollars of those bytes; 0 where the attempt's traffic is not billed."""
-        return traffic_usd(self.traffic_bytes, self.attempt.usd_per_gb_up)
+        """US dollars of its traffic, both ways."""
+        down = traffic_usd(self.traffic_down_bytes, self.attempt.usd_per_gb_down)
+        return self.upload_usd + down
+
+    def _metrics(self, key: str) -> Iterator[Record]:
+        return (line for line in self.records if line.kind == "metric" and line.key == key)
 
 
 @dataclass(frozen=True)
@@ -179,8 +197,15 @@ def read_history(run: Run, *, now: float | None = None, records: bool = True) ->
             last = attempt.started_at
         alive = ending is None and now - last < ALIVE_S
         ended_at = ending.ended_at if ending else last
-        attempts.append(AttemptHistory(attempt, ending, lines, ended_at, alive))
+        attempts.append(AttemptHistory(_as_told(attempt, lines), ending, lines, ended_at, alive))
     return RunHistory(run, lineage, tuple(attempts))
+
+
+def _as_told(attempt: Attempt, lines: Iterable[Record]) -> Attempt:
+    """``attempt`` with what its provider said later than at its start."""
+    told = (late_quote(r.value) for r in lines if r.kind == "event" and r.key == LATE)
+    quote = next((quote for quote in told if quote is not None), None)
+    return attempt if quote is None else corrected(attempt, quote)
 
 
 @dataclass(frozen=True)
