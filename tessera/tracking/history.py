@@ -10,17 +10,19 @@ every record up to its step is in the root, so the journals read later cover at 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from tessera.errors import DamagedError
+from tessera.ledger.invoices import Invoice
 from tessera.ledger.meter import Bill, Span, Usage, bill, file_seconds
 from tessera.ledger.prices import PriceChange
 from tessera.ledger.traffic import DOWN_BYTES, UP_BYTES, count_bytes, traffic_usd
 from tessera.runs import OUTCOMES_DONE, Attempt, Ending, Run, Segment, scan_runs
 from tessera.storage import Root
+from tessera.tracking.invoices import Stay, read_invoices, with_invoices
 from tessera.tracking.journal import Kind, Record, last_record_time, read_journal
 from tessera.tracking.told import HOUR, LATE, corrected, late_quote, price_changes
 
@@ -212,13 +214,19 @@ def _as_told(attempt: Attempt, lines: Iterable[Record]) -> Attempt:
 class Histories:
     """All runs of a root: those that can be read whole, oldest first, and what became of others.
 
-    ``damaged`` says by run id what is wrong; ``billable`` are damaged runs without their records,
-    as far as the bills of the whole ones need them.
+    ``damaged`` says by run id, or path of an invoice, what is wrong; ``billable`` are damaged runs
+    without their records, as far as the bills of the whole ones need them.
     """
 
     whole: tuple[RunHistory, ...]
     billable: tuple[RunHistory, ...]
     damaged: dict[str, DamagedError]
+    invoices: Mapping[tuple[str, str], Invoice]
+
+    @cached_property
+    def bills(self) -> dict[str, Bill]:
+        """Bills of all attempts, with what was billed where that is recorded."""
+        return bill_all([*self.whole, *self.billable], self.invoices)
 
 
 def read_histories(root: Root, *, now: float | None = None) -> Histories:
@@ -228,10 +236,13 @@ def read_histories(root: Root, *, now: float | None = None) -> Histories:
         read = list(pool.map(lambda run: _try_history(run, now), runs))
     damaged |= {run.id: error for run, (_, error) in zip(runs, read, strict=True) if error}
     found = [(history, error) for history, error in read if history is not None]
+    invoices = read_invoices(root)
+    damaged |= invoices.damaged
     return Histories(
         tuple(history for history, error in found if error is None),
         tuple(history for history, error in found if error is not None),
         dict(sorted(damaged.items())),
+        invoices.found,
     )
 
 
@@ -250,25 +261,43 @@ def read_with_neighbours(
 ) -> tuple[RunHistory, list[RunHistory]]:
     """One run, and the attempts of all others with no more records than the bill needs.
 
-    Others that are damaged are left out.
+    Others that are damaged are left out. Records of one that shared an instance with this run are
+    read, since an invoice of that instance is shared out by what each did there.
     """
     others = [other for other in scan_runs(run.root)[0] if other.id != run.id]
+    here = {(attempt.provider, attempt.instance) for attempt in run.attempts()}
+
+    def read(other: Run) -> RunHistory | None:
+        history = _try_history(other, now, records=False)[0]
+        places = (
+            {(i.attempt.provider, i.attempt.instance) for i in history.attempts} if history else {}
+        )
+        return _try_history(other, now)[0] if here.intersection(places) else history
+
     with ThreadPoolExecutor(_READERS) as pool:
-        neighbours = pool.map(lambda other: _try_history(other, now, records=False)[0], others)
+        neighbours = pool.map(read, others)
         return read_history(run, now=now), [found for found in neighbours if found is not None]
 
 
-def bill_all(histories: Iterable[RunHistory]) -> dict[str, Bill]:
+def bill_all(
+    histories: Iterable[RunHistory], invoices: Mapping[tuple[str, str], Invoice] | None = None
+) -> dict[str, Bill]:
     """Bills of all attempts together, since one instance may have carried several runs.
 
-    Keyed by ``run id/attempt id``: tokens of attempts are random, not unique by force.
+    Keyed by ``run id/attempt id``: tokens of attempts are random, not unique by force. ``invoices``
+    are by provider and instance; without them every figure is the ledger's.
     """
-    usages = []
-    for history in histories:
-        for item in history.attempts:
-            usage = item.usage
-            usages.append(Usage(**{**vars(usage), "attempt": f"{history.run.id}/{usage.attempt}"}))
-    return bill(usages)
+    items = {
+        f"{history.run.id}/{item.attempt.id}": item
+        for history in histories
+        for item in history.attempts
+    }
+    bills = bill(replace(item.usage, attempt=name) for name, item in items.items())
+    stays = {
+        name: Stay(item.attempt.provider, item.attempt.instance, bills[name], item.traffic_usd)
+        for name, item in items.items()
+    }
+    return with_invoices(stays, invoices or {})
 
 
 def bills_of(history: RunHistory, bills: dict[str, Bill]) -> list[tuple[AttemptHistory, Bill]]:
