@@ -143,10 +143,16 @@ def _train(
     machine = describe_machine(
         experiment_price=price.usd_per_hour if price else None,
         experiment_traffic_price=price.usd_per_gb_up if price else None,
+        experiment_down_price=price.usd_per_gb_down if price else None,
+        ask=os.environ.get("RANK", "0") == "0",
     )
+    if machine.price.note:
+        click.echo(f"{machine.price.note}; its price is {machine.price.words}.", err=True)
     place = place_of(machine)
     hand_over()
-    result = run_training(settings, store, place, run_id=run_id, new=new, quiet=quiet)
+    result = run_training(
+        settings, store, place, run_id=run_id, new=new, quiet=quiet, ask_price=machine.ask_price
+    )
     if os.environ.get("RANK", "0") == "0":  # one of several workers speaks
         try:
             click.echo(f"{result.run.id}: {result.text}")

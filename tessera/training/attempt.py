@@ -23,6 +23,7 @@ from tessera.errors import (
     TesseraError,
 )
 from tessera.experiment import Experiment, Pretrain
+from tessera.ledger.prices import AskPrice
 from tessera.model.loss import summed_cross_entropy
 from tessera.model.peak import Peak, peak_flops
 from tessera.model.shape import FLOPS_FORMULA
@@ -49,6 +50,7 @@ from tessera.training.memory import out_of_memory_sentence, resolve_micro_batch
 from tessera.training.mute import MuteJournal
 from tessera.training.parallel import World
 from tessera.training.preemption import RETRY, StopRequest
+from tessera.training.price_watch import PriceWatch, follow_price
 from tessera.training.program import Program
 from tessera.training.progress import ProgressLine, dollars
 from tessera.training.replica import Loss, Replica
@@ -89,6 +91,7 @@ class Trainer:
     world: World
     line: ProgressLine
     stop: StopRequest
+    ask_price: AskPrice | None = None
     replica: Replica | None = None
 
     def attempt(self, attempt: Attempt, start: Start, again: str) -> Ending | Rollback:
@@ -102,7 +105,8 @@ class Trainer:
         try:
             loop = self._loop(attempt, journal, start)
             try:
-                loop.run()
+                with follow_price(self._price_watch(loop, attempt, journal)):
+                    loop.run()
             except GoBackError as cause:
                 rollback = self._go_back(loop, attempt, cause)
                 outcome = Ending(ROLLED_BACK, 0, 0.0, start.step, rollback.reason)
@@ -146,6 +150,13 @@ class Trainer:
             if outcome.outcome == FINISHED and self.world.local_rank == 0:
                 shutil.rmtree(local_folder(self.run), ignore_errors=True)  # 12 GB nobody needs now
         return outcome
+
+    def _price_watch(self, loop: Loop, attempt: Attempt, journal: Journal) -> PriceWatch | None:
+        if self.ask_price is None or loop.cost is None:
+            return None
+        return PriceWatch(
+            self.ask_price, attempt, loop.cost, journal, lambda: loop.done, self.line.say
+        )
 
     def _go_back(self, loop: Loop, attempt: Attempt, cause: GoBackError) -> Rollback:
         """Decide and record where the run continues; ``DivergedError`` if it may not go back."""

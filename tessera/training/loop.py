@@ -27,6 +27,7 @@ from torch import Tensor
 from tessera.errors import DivergedError
 from tessera.evaluation.fixed import scorer
 from tessera.ledger.forecast import forecast
+from tessera.ledger.traffic import DOWN_BYTES
 from tessera.model.peak import Peak
 from tessera.runs import Attempt, Run
 from tessera.storage import Root
@@ -119,6 +120,11 @@ class Loop:
         self._lr = 0.0
         self._began, self._began_at = time.monotonic(), done
 
+    @property
+    def cost(self) -> RunningCost | None:
+        """What the run costs so far; None but on the rank that keeps the journal."""
+        return self._cost
+
     def run(self) -> int:
         """Train until the last step or a stop request; everything due is published on the way.
 
@@ -126,6 +132,7 @@ class Loop:
         """
         self._s.journal.span("setup", time.time() - self._s.attempt.started_at, self.done)
         self._clock = SpanClock(self._s.journal)
+        self._count_downloads()
         if self._program.device.type == "cuda":
             with self._clock.filing("checkpoint"):
                 self.saver.prepare(self._tensors())
@@ -253,6 +260,7 @@ class Loop:
     def _log(self) -> None:
         loss = self._settle()
         self._clock.report(self.done)
+        self._count_downloads()
         interval, journal, step = self._interval, self._s.journal, self.done
         usd = self._cost.usd() if self._cost else None
         if math.isfinite(loss):
@@ -275,6 +283,14 @@ class Loop:
             self._s.line.say(f"step {step}: {note}")
         self.skips.judge(self.done)
 
+    def _count_downloads(self) -> None:
+        """Record what all ranks fetched from a remote root since the last time."""
+        received = sum(self._s.world.gather(self._s.root.take_received()))
+        if received:
+            self._s.journal.metric(DOWN_BYTES, received, self.done)
+            if self._cost:
+                self._cost.add_download(received)
+
     def _show_speed(self, interval: _Interval, loss: float, usd: float | None) -> None:
         journal, step = self._s.journal, self.done
         elapsed = time.monotonic() - interval.since
@@ -288,7 +304,7 @@ class Loop:
             # Wall time: evaluations and checkpoints to come cost as much as those so far.
             seconds_per_step=(time.monotonic() - self._began) / (step - self._began_at),
             usd_so_far=usd,
-            usd_per_hour=self._s.attempt.usd_per_hour,
+            usd_per_hour=self._cost.usd_per_hour if self._cost else None,
         )
         self._s.line.show(
             Standing(

@@ -16,6 +16,7 @@ from functools import partial
 
 from tessera.errors import RetryElsewhereError
 from tessera.experiment import Experiment
+from tessera.ledger.prices import AskPrice
 from tessera.model.device import best_device, cpu_wanted
 from tessera.runs import Attempt, Ending, Run
 from tessera.storage import Root
@@ -46,8 +47,11 @@ def train(
     run_id: str | None = None,
     new: bool = False,
     quiet: bool = False,
+    ask_price: AskPrice | None = None,
 ) -> Result:
     """Train, or continue, the run of ``experiment``; ``place`` says where and at what price.
+
+    ``ask_price`` asks the provider for that price again while the run goes on.
 
     Raises ``TesseraError`` subclasses, whose ``exit_code`` is the command's; a stop by signal is a
     ``Result`` with 75. Under torchrun every worker calls this.
@@ -67,7 +71,7 @@ def train(
             return Result(run, 0, text)
         again = f"`--run-id {run.id}`" if new or run_id else "the same command"
         try:
-            ending = _train(prepared, root, world, place, stop, again, quiet)
+            ending = _train(prepared, root, world, place, stop, again, quiet, ask_price)
         finally:
             prepared.program.close()
         leave(world)
@@ -98,11 +102,20 @@ def _train(
     stop: StopRequest,
     again: str,
     quiet: bool,
+    ask_price: AskPrice | None,
 ) -> Ending:
     run, program = prepared.run, prepared.program
     with ProgressLine(run.id, program.steps, quiet=quiet or not world.is_main) as line:
         trainer = Trainer(
-            prepared.experiment, root, run, prepared.created, program, world, line, stop
+            prepared.experiment,
+            root,
+            run,
+            prepared.created,
+            program,
+            world,
+            line,
+            stop,
+            ask_price=ask_price,
         )
         while True:
             start = _start(run, world)
