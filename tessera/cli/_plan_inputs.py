@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from tessera.cloud.launch import read_settings
 from tessera.cloud.offers import Market, with_live
 from tessera.cloud.plan import Corpus, Plan, make_plan
-from tessera.cloud.skypilot import TaskFile, catalog_market
+from tessera.cloud.skypilot import TaskFile, age_note, catalog_market
 from tessera.cloud.speeds import Measurement, own_measurement, shipped
 from tessera.errors import InputError, TesseraError
 from tessera.experiment import Experiment, Pretrain, Sft, load_experiment
@@ -139,7 +139,8 @@ def _market(file: TaskFile, card: Card | None, provider: str | None) -> Market:
                 f"{', '.join(known) or 'nobody'}."
             )
     live = with_live(offers, file.needs(card), bid=file.bid)
-    return Market(live.offers, (*catalog.notes, *live.notes))
+    aged = age_note(live.offers)
+    return Market(live.offers, (*catalog.notes, *live.notes, *([aged] if aged else [])))
 
 
 def _corpus(root: Root, settings: Experiment) -> tuple[Corpus | None, str | None, list[str]]:

@@ -137,9 +137,10 @@ def _row(number: int, line: Line, plan: Plan) -> list[str]:
 
 
 def place(offer: Offer) -> str:
-    """Provider and region, and how often the host kept its word."""
+    """Provider and region, how often the host kept its word, whether SkyPilot may rent there."""
     kept = f", {offer.reliability:.1%}" if offer.reliability is not None else ""
-    return f"{offer.provider} {offer.region}{kept}"
+    off = " (not enabled)" if offer.enabled is False else ""
+    return f"{offer.provider} {offer.region}{kept}{off}"
 
 
 def _source(offer: Offer) -> str:

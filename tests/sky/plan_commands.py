@@ -8,12 +8,12 @@ SkyPilot takes seconds, so all questions are asked in one process. vast.ai is th
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import shlex
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +58,11 @@ def plan(*words: str) -> dict[str, Any]:
     return found
 
 
-def refused(build: Callable[[], object]) -> str:
-    """The sentence with which something is refused; empty if it is not."""
-    try:
-        build()
-    except Exception as error:
-        return str(error)
-    return ""
+def enable(*providers: str) -> None:
+    """Leave behind what `sky check` would, had these providers alone accepted our keys."""
+    global_user_state.set_allowed_clouds(["Vast", "RunPod", "Lambda"], "default")
+    compute = clouds.cloud.CloudCapability.COMPUTE
+    global_user_state.set_enabled_clouds(list(providers), compute, "default")
 
 
 def without_skypilot() -> dict[str, Any]:
@@ -80,9 +78,12 @@ def without_skypilot() -> dict[str, Any]:
 def launched(*words: str) -> dict[str, Any]:
     """What SkyPilot makes of the very task that `tessera launch` would hand it: a dry launch."""
     from tessera.cli.launch import _order
-    from tessera.cli.plan import commands_for, launch_options_of, learn_from
+    from tessera.cli.plan import commands_for, learn_from
+    from tessera.cli.plan import plan as command
 
-    options = launch_options_of(["--root", NOWHERE, *words])
+    context = command.make_context("plan", [REFERENCE, "--root", NOWHERE, *words])
+    own = ("experiment", "limit", "as_json")
+    options = {name: value for name, value in context.params.items() if name not in own}
     known = learn_from(REFERENCE, options)
     order = _order(known, commands_for(known, REFERENCE, options))
     task = order.task()
@@ -109,7 +110,7 @@ def typed(command: str) -> list[list[Any]]:
     from sky.client.cli.command import _parse_override_params
 
     words = shlex.split(command)
-    given = dict(zip(words[3::], words[4::], strict=False))
+    given = dict(itertools.pairwise(words))
     file = next(word for word in words if word.endswith(".yaml"))
     task = sky.Task.from_yaml(file)
     task.set_resources_override(
@@ -127,12 +128,14 @@ def main() -> None:
     answers["catalog_typed"] = [
         typed(offer["commands"]["sky"]) for offer in answers["catalog"]["offers"]
     ]
+    answers["nvl"] = plan(REFERENCE, "--gpu", "H100 NVL", "--set", "tokens=655360000")
+    enable("Vast", "RunPod", "Lambda")
+    os.environ["NO_PROXY"] = "127.0.0.1"  # the pretend vast.ai is no network
     with PretendVast() as vast:
         os.environ |= {"VAST_URL": vast.url, "VAST_API_KEY": KEY}
         answers["live"] = plan(REFERENCE, "--budget", "200")
         answers["live_text"] = run("plan", REFERENCE, "--root", NOWHERE, "--limit", "2")
         answers["managed"] = plan(REFERENCE, "--managed")
-        answers["nvl"] = plan(REFERENCE, "--gpu", "H100 NVL", "--set", "tokens=655360000")
         answers["lambda"] = plan(REFERENCE, "--provider", "lambda")
         answers["cpu"] = plan("experiments/smoke.yaml", "--task", "sky/smoke_cpu.yaml")
         answers["sft"] = plan("experiments/tessera_1b_sft.yaml")
@@ -143,6 +146,7 @@ def main() -> None:
         answers["unseeded"] = plan(REFERENCE, "--task", str(unseeded))
         vast.fault("500", times=99)
         answers["down"] = plan(REFERENCE)
+        answers["asked_with"] = sorted({str(request["key"]) for request in vast.requests})
     del os.environ["VAST_API_KEY"]
     answers["refusals"] = {
         " ".join(words): run(*words)
@@ -165,10 +169,7 @@ def main() -> None:
     settings.write_text("TESSERA_ROOT='s3://bucket/x'\n")
     answers["other_root"] = run("launch", REFERENCE, "--yes", "--root", NOWHERE)
     answers["without_skypilot"] = without_skypilot()
-    every = [clouds.Vast._REPR]
-    global_user_state.set_allowed_clouds(["Vast", "RunPod", "Lambda"], "default")
-    compute = clouds.cloud.CloudCapability.COMPUTE
-    global_user_state.set_enabled_clouds(every, compute, "default")
+    enable("Vast")
     answers["enabled"] = plan(REFERENCE)
     answers["labels"] = {
         "cluster": make_cluster_name_on_cloud(LONG, 120) + "-head",
