@@ -78,6 +78,7 @@ _set_option = click.option(
         "tessera train experiments/smoke.yaml",
         "tessera train experiments/tessera_1b.yaml --root s3://bucket/tessera --set tokens=6553600",
         "tessera train experiments/tessera_1b.yaml --gpus 2",
+        "tessera train experiments/tessera_1b_budget.yaml --budget 100",
     )
 )
 @click.argument("experiment", type=click.Path())
@@ -87,6 +88,9 @@ _set_option = click.option(
 @click.option("--new", is_flag=True, help="Start another run even if this one exists.")
 @click.option("--quiet", is_flag=True, help="No progress line.")
 @click.option("--gpus", type=int, metavar="N", help="Train on N GPUs of this machine.")
+@click.option(
+    "--budget", metavar="USD", help="US dollars that the run may cost; also TESSERA_BUDGET_USD."
+)
 def train(
     experiment: str,
     overrides: tuple[str, ...],
@@ -95,18 +99,19 @@ def train(
     new: bool,
     quiet: bool,
     gpus: int | None,
+    budget: str | None,
 ) -> int:
     """Train EXPERIMENT, or continue its unfinished run.
 
     Under torchrun, or where SkyPilot rented several GPUs or machines, all of them train together.
 
-    Exit codes: 0 done; 2 bad input, or a later attempt took over; 3 diverged; 75 another machine or
-    moment may help.
+    Exit codes: 0 done, or its budget is spent; 2 bad input, or a later attempt took over; 3
+    diverged; 75 another machine or moment may help.
     """
     from tessera.cli.early import told_early
 
     with told_early() as hand_over:
-        return _train(experiment, overrides, root, run_id, new, quiet, gpus, hand_over)
+        return _train(experiment, overrides, root, run_id, new, quiet, gpus, budget, hand_over)
 
 
 def _train(
@@ -117,13 +122,16 @@ def _train(
     new: bool,
     quiet: bool,
     gpus: int | None,
+    budget: str | None,
     hand_over: Callable[[], None],
 ) -> int:
     from tessera.experiment import load_experiment
+    from tessera.ledger.budget import BUDGET_VARIABLE, choose_budget
     from tessera.storage import open_root
 
     # Before torch: a typo is told at once.
-    settings = load_experiment(experiment, overrides)
+    given = choose_budget(budget, os.environ.get(BUDGET_VARIABLE))
+    settings = load_experiment(experiment, overrides, given)
     store = open_root(root)
     _require_folder(store, settings)
     plan = workers_to_start(gpus)
