@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import datetime
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tessera.cloud.launch import read_settings
 from tessera.cloud.offers import Market, with_live
 from tessera.cloud.plan import Corpus, Plan, make_plan
-from tessera.cloud.skypilot import TaskFile, catalog_market
+from tessera.cloud.skypilot import TaskFile, age_note, catalog_market
 from tessera.cloud.speeds import Measurement, own_measurement, shipped
 from tessera.errors import InputError, TesseraError
 from tessera.experiment import Experiment, Pretrain, Sft, load_experiment
+from tessera.storage import Root, open_root
 
 if TYPE_CHECKING:
     from tessera.cloud.cards import Card
-    from tessera.storage import Root
 
 ENOUGH_TRAINING_S = 60.0
 """Seconds of training from which a run's speed says something about the card."""
@@ -65,7 +63,7 @@ def learn(asked: Asked) -> Known:
     if asked.bid is not None:
         _refuse_bid(asked)
         file.bid = asked.bid
-    root = open_planned_root(asked.root)
+    root = open_root(asked.root)
     corpus, fingerprint, notes = _corpus(root, settings)
     own, unread = _own_runs(root)
     market = _market(file, card, asked.provider)
@@ -86,20 +84,6 @@ def task_file(settings: Experiment, asked: Asked) -> TaskFile:
     if asked.task is not None:
         return TaskFile(Path(asked.task))
     return TaskFile(Path("sky") / _TASKS[settings.kind, asked.managed])
-
-
-def open_planned_root(told: str | None) -> Root:
-    """The root that was told, else that of ``tessera configure``, else the folder ``.tessera``.
-
-    Its keys are those of the environment, else those that ``tessera configure`` wrote.
-    """
-    from tessera.storage import DEFAULT_ROOT, open_root
-
-    written = read_settings()
-    for name, value in written.items():
-        if name.startswith("AWS_") and value:
-            os.environ.setdefault(name, value)
-    return open_root(told or written.get("TESSERA_ROOT") or DEFAULT_ROOT)
 
 
 def _card(text: str | None) -> Card | None:
@@ -139,7 +123,8 @@ def _market(file: TaskFile, card: Card | None, provider: str | None) -> Market:
                 f"{', '.join(known) or 'nobody'}."
             )
     live = with_live(offers, file.needs(card), bid=file.bid)
-    return Market(live.offers, (*catalog.notes, *live.notes))
+    aged = age_note(live.offers)
+    return Market(live.offers, (*catalog.notes, *live.notes, *([aged] if aged else [])))
 
 
 def _corpus(root: Root, settings: Experiment) -> tuple[Corpus | None, str | None, list[str]]:

@@ -21,7 +21,7 @@ from tessera.cloud.skypilot import TaskFile
 from tessera.ledger.traffic import size
 
 VERSION = 1
-_WIDTH = 120
+_WIDTH = 130
 _PARTS = ("machine", "traffic", "disk", "total")
 
 
@@ -38,11 +38,17 @@ class Commands:
     managed: bool
     bid: float | None
     task: str | None
+    provider: str | None
     run_id: str
 
     def of(self, offer: Offer) -> dict[str, str]:
-        """``tessera launch`` and the plain SkyPilot command."""
-        words = ["tessera", "launch", self.experiment, "--provider", offer.provider.lower()]
+        """``tessera launch`` and the plain SkyPilot command.
+
+        A managed job names no provider, so that it may go on wherever there is a machine.
+        """
+        words = ["tessera", "launch", self.experiment]
+        provider = self.provider or ("" if self.managed else offer.provider.lower())
+        words += ["--provider", provider] if provider else []
         for override in self.overrides:
             words += ["--set", override]
         options = (("--gpu", self.gpu), ("--task", self.task))
@@ -96,7 +102,8 @@ def _table(plan: Plan, limit: int) -> Table:
     words = ("offer", "GPU", "price", "speed")
     for title in ("", "offer", "GPU", "$/h", "price", "tokens/s", "speed", "hours", *_PARTS):
         side: Literal["left", "right"] = "left" if title in words else "right"
-        table.add_column(title, justify=side, no_wrap=title != "offer")
+        least = 20 if title == "offer" else None
+        table.add_column(title, justify=side, no_wrap=title != "offer", min_width=least)
     if plan.budget_usd is not None:
         table.add_column(f"${plan.budget_usd:,.0f} buys", justify="right", no_wrap=True)
     for number, line in enumerate(plan.lines[:limit], 1):
@@ -130,9 +137,10 @@ def _row(number: int, line: Line, plan: Plan) -> list[str]:
 
 
 def place(offer: Offer) -> str:
-    """Provider and region, and how often the host kept its word."""
+    """Provider and region, how often the host kept its word, whether SkyPilot may rent there."""
     kept = f", {offer.reliability:.1%}" if offer.reliability is not None else ""
-    return f"{offer.provider} {offer.region}{kept}"
+    off = " (not enabled)" if offer.enabled is False else ""
+    return f"{offer.provider} {offer.region}{kept}{off}"
 
 
 def _source(offer: Offer) -> str:

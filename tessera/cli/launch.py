@@ -76,7 +76,7 @@ def _launch(
     inside = _inside(experiment)
     require_settings()
     known = learn(asked)
-    _require_reachable(known, options["root"])
+    _require_reachable(known)
     _require_data(known, base_note(known.settings, known.root))
     commands = commands_for(known, inside, options, run_id)
     print_plan(known.plan, commands, limit=5)
@@ -102,22 +102,23 @@ def _inside(experiment: str) -> str:
         ) from None
 
 
-def _require_reachable(known: Known, told: str | None) -> None:
+def _require_reachable(known: Known) -> None:
     """The rented machine writes to the root of the credentials file; it has to be this one."""
-    from tessera.cloud.launch import read_settings, settings_path
+    from tessera.cloud.credentials import env_file
+    from tessera.cloud.launch import require_settings
     from tessera.errors import InputError
     from tessera.storage import open_root
 
-    written = open_root(read_settings()["TESSERA_ROOT"]).url
-    if known.root.url != written:
-        raise InputError(
-            f"The root here is {known.root.url}, and the machine would write to {written} of "
-            f"{settings_path()}; leave --root and TESSERA_ROOT out, or run `tessera configure`."
-        )
+    written = open_root(require_settings()["TESSERA_ROOT"]).url
     if "://" not in written:
         raise InputError(
             f"The root {written} is a folder of this machine, which a rented one cannot reach; run "
             "`tessera configure` with a bucket such as s3://bucket/tessera."
+        )
+    if known.root.url != written:
+        raise InputError(
+            f"The root here is {known.root.url}, and the machine would write to {written} of "
+            f"{env_file()}; leave --root and TESSERA_ROOT out, or run `tessera configure`."
         )
 
 

@@ -118,5 +118,6 @@ def commands_for(
         managed=options["managed"],
         bid=options["bid"],
         task=options["task"],
+        provider=options["provider"],
         run_id=run_id or run_id_of(known.settings, known.fingerprint, gpu=gpu),
     )

@@ -16,10 +16,10 @@ import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from tessera.cloud.cards import Card
+from tessera.cloud.credentials import env_file, read_settings
 from tessera.cloud.offers import VAST, Offer
 from tessera.cloud.plan import Line
 from tessera.cloud.rent import CANCELLED, SUCCEEDED, GivenBack, Renter, give_back, stop_command
@@ -156,49 +156,13 @@ def cluster_name(run_id: str) -> str:
     return plain if plain[:1].isalpha() else f"t-{plain}"
 
 
-# -- the credentials file --------------------------------------------------------------------------
-
-
-def settings_path() -> Path:
-    """Where ``tessera configure`` writes what a rented machine needs."""
-    return Path.home() / ".tessera" / "env"
-
-
-def read_settings() -> dict[str, str]:
-    """What ``tessera configure`` wrote; empty without it. ``InputError`` for a damaged file."""
-    path = settings_path()
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{path} cannot be read ({type(error).__name__}); run `tessera configure` again."
-        ) from error
-    found = {}
-    for number, line in enumerate(lines, 1):
-        name, equals, value = line.partition("=")
-        if not line.strip() or line.lstrip().startswith("#"):
-            continue
-        try:
-            words = shlex.split(value)
-        except ValueError:
-            words = ["", ""]
-        if not equals or len(words) > 1:
-            raise InputError(
-                f"{path}, line {number}, is not NAME='value'; run `tessera configure` again."
-            )
-        found[name.strip()] = words[0] if words else ""
-    return found
-
-
 def require_settings() -> dict[str, str]:
-    """The same; ``InputError`` with the command that writes it if it is missing."""
-    found = read_settings()
+    """What ``tessera configure`` wrote; ``InputError`` with that command if it never ran."""
+    found = read_settings(env_file())
     if not found.get("TESSERA_ROOT"):
         raise InputError(
-            f"{settings_path()} does not exist or names no root, and the rented machine needs its "
-            "root and keys; run `tessera configure` once."
+            f"{env_file()} does not exist or names no root, and the rented machine needs its root "
+            "and keys; run `tessera configure` once."
         )
     return found
 

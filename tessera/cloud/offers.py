@@ -110,12 +110,12 @@ def with_live(
     except (ProviderError, InputError) as error:
         note = f"{str(error).rstrip('.')}. The prices of vast.ai below are the catalog's."
         return Market(tuple(catalog), (note,))
+    notes: tuple[str, ...] = ()
     if not live:
-        what = "interruptible machine at that bid" if bid is not None else "machine"
-        note = f"vast.ai offers no {what} now that fits; the prices below are not to be had there."
-        return Market(tuple(o for o in catalog if o.provider != VAST or bid is None), (note,))
+        at = "" if bid is None else f" at a bid of ${bid:.2f}/h"
+        notes = (f"vast.ai has no machine now that fits{at}; its catalog's offers are left out.",)
     rest = [offer for offer in catalog if offer.provider != VAST]
-    return Market((*live, *rest), ())
+    return Market((*live, *rest), notes)
 
 
 def _ask(

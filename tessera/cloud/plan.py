@@ -108,8 +108,10 @@ class Plan:
 
     @property
     def cheapest(self) -> Line | None:
-        """The first line that can be launched."""
-        return next((line for line in self.lines if line.offer.instance_type), None)
+        """The first line that can be launched: at a provider that is enabled, if one is."""
+        launchable = [line for line in self.lines if line.offer.instance_type]
+        enabled = [line for line in launchable if line.offer.enabled is not False]
+        return next(iter(enabled or launchable), None)
 
 
 def make_plan(

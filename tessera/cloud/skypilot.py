@@ -12,7 +12,7 @@ import copy
 import datetime
 import io
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -178,9 +178,15 @@ def _catalog_market(file: TaskFile, card: Card | None) -> Market:
                     f"SkyPilot's catalog of {provider} gives nothing ({first_line(error)}), so its "
                     "offers are missing."
                 )
-    if any(offer.provider == VAST for offer in offers.values()) and (day := _catalog_day("vast")):
-        notes.append(f"SkyPilot's catalog of vast.ai is of {day} and never renews itself.")
     return Market(tuple(offers.values()), tuple(dict.fromkeys(notes)))
+
+
+def age_note(offers: Sequence[Offer]) -> str | None:
+    """A sentence if prices of vast.ai among these are SkyPilot's, which it fetches only once."""
+    if not any(offer.provider == VAST and offer.source == "catalog" for offer in offers):
+        return None
+    day = _catalog_day("vast")
+    return f"SkyPilot's catalog of vast.ai is of {day} and never renews itself." if day else None
 
 
 def enabled_providers() -> set[str] | None:
