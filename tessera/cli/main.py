@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _RETRY = 75
 _ELSEWHERE = {
     "bench": ("tessera.cli.bench", "bench", "Measure this machine's speed and a run's cost."),
+    "configure": ("tessera.cli.configure", "configure", "Write and try root, keys and prices."),
     "corpus": ("tessera.cli.corpus", "corpus", "Build and verify token shards."),
     "launch": ("tessera.cli.launch", "launch", "Rent a machine and train there."),
     "plan": ("tessera.cli.plan", "plan", "What a run costs on what can be rented now."),
@@ -225,7 +226,8 @@ def _facts(settings: Any) -> dict[str, Any]:
 
 def main() -> None:
     """Entry point of the ``tessera`` command."""
-    code = run_command(tessera)
+    # A damaged file of settings must not be in the way of the command that writes it again.
+    code = run_command(tessera, configured=sys.argv[1:2] != ["configure"])
     if code == _RETRY:  # told to go: a thread that waits for a store must not hold the process
         sys.stderr.flush()
         os._exit(code)
