@@ -171,6 +171,11 @@ def _sentences(plan: Plan) -> list[str]:
             "Not in the totals: minutes of provisioning and installation, lost machines, and what "
             "your bucket bills. ? is not told by the provider."
         )
+    if any(line.offer.source == "live" for line in plan.lines):
+        said.append(
+            "SkyPilot rents by type, so which of vast.ai's machines it takes is not chosen here; a "
+            "wrong GPU is refused on the machine, for minutes of its price (sky/README.md)."
+        )
     return [*said, *plan.notes]
 
 

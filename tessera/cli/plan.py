@@ -106,6 +106,8 @@ def commands_for(
     from tessera.cloud.launch import run_id_of
 
     gpu = known.file.needs(known.card).gpus > 0
+    # A task that builds its corpus first: the id must not change once it has done so.
+    fingerprint = None if known.file.builds_corpus else known.fingerprint
     given = asked_for(experiment, options).budget
     return Commands(
         file=known.file,
@@ -118,5 +120,5 @@ def commands_for(
         bid=options["bid"],
         task=options["task"],
         provider=options["provider"],
-        run_id=run_id or run_id_of(known.settings, known.fingerprint, gpu=gpu),
+        run_id=run_id or run_id_of(known.settings, fingerprint, gpu=gpu),
     )

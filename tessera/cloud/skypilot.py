@@ -76,6 +76,11 @@ class TaskFile:
         return {str(k): "" if v is None else str(v) for k, v in found.items()}
 
     @property
+    def builds_corpus(self) -> bool:
+        """Whether its job builds the corpus before it trains."""
+        return bool(self.envs.get("TESSERA_MANIFEST"))
+
+    @property
     def nodes(self) -> int:
         """Machines."""
         return int(self.config.get("num_nodes") or 1)
