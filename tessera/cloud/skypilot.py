@@ -12,6 +12,7 @@ import copy
 import datetime
 import io
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +43,8 @@ def require_skypilot() -> Any:
 
 def first_line(error: BaseException) -> str:
     """What SkyPilot says, in one line that can stand in a sentence."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # SkyPilot colours its sentences
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:120].rstrip(".: (")
 
 
