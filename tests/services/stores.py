@@ -71,17 +71,17 @@ class Store:
 
 
 @contextmanager
-def serve(kind: str, folder: Path) -> Iterator[Store]:
+def serve(kind: str, folder: Path, host: str = "127.0.0.1") -> Iterator[Store]:
     """Run a server of that kind with an empty bucket; ``folder`` takes its log and its files.
 
-    The process is stopped on the way out, whatever happened.
+    ``host`` is this machine's address that it listens on. The process is stopped on the way out, whatever happened.
     """
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
-    store = Store(kind, f"http://127.0.0.1:{port}")
+    store = Store(kind, f"http://{host}:{port}")
     with (folder / f"{kind}.log").open("wb") as log:
         server = subprocess.Popen(
-            _command(kind, port, folder),
+            _command(kind, host, port, folder),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -130,13 +130,13 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _command(kind: str, port: int, folder: Path) -> list[str]:
+def _command(kind: str, host: str, port: int, folder: Path) -> list[str]:
     if kind == "moto":
-        return [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+        return [sys.executable, "-m", "moto.server", "-H", host, "-p", str(port)]
     if kind == "rclone":
         files = folder / "rclone-files"
         files.mkdir(exist_ok=True)
-        address, keys = f"127.0.0.1:{port}", f"{_ACCESS_KEY},{_SECRET_KEY}"
+        address, keys = f"{host}:{port}", f"{_ACCESS_KEY},{_SECRET_KEY}"
         return [_rclone(), "serve", "s3", "--auth-key", keys, "--addr", address, str(files)]
     raise ValueError(f"no server of kind {kind!r}; there are {', '.join(KINDS)}")
 

@@ -163,6 +163,7 @@ class PretendVast:
         offers: Sequence[Row] = OFFERS,
         machines: MachineBackend | None = None,
         port: int = 0,
+        host: str = "127.0.0.1",
     ) -> None:
         self.offers = [dict(row) for row in offers]
         self.machines: MachineBackend = machines or Rows()
@@ -176,9 +177,9 @@ class PretendVast:
         self._next = 9001
         self._lock = threading.RLock()
         self._closing = threading.Event()
-        self._server = ThreadingHTTPServer(("127.0.0.1", port), _handler(self))
+        self._server = ThreadingHTTPServer((host, port), _handler(self))
         self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self.url = f"http://{host}:{self._server.server_address[1]}"
 
     def __enter__(self) -> PretendVast:
         """Serve from now on."""

@@ -8,7 +8,9 @@ lies in HOME (catalogs, the list of allowed providers); nothing of SkyPilot is r
 """
 
 import json
+import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,18 @@ REPOSITORY = Path(sys.argv[1])
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 
 import sky  # noqa: E402 - after sys.path
-from sky import clouds, execution, global_user_state, optimizer, skypilot_config  # noqa: E402
+from sky import (  # noqa: E402
+    clouds,
+    exceptions,
+    execution,
+    global_user_state,
+    optimizer,
+    skypilot_config,
+)
 
-Pairs = list[tuple[str, str]]
+Pairs = Sequence[tuple[str, str]]
 
-ROOT: Pairs = [("TESSERA_ROOT", "s3://bucket/prefix")]
-KEYS: Pairs = [("AWS_ACCESS_KEY_ID", "id"), ("AWS_SECRET_ACCESS_KEY", "key")]
-TASKS = ["pretrain_h100.yaml", "sft_h100.yaml", "smoke_cpu.yaml"]
+TASKS = sorted(path.name for path in (REPOSITORY / "sky").glob("*.yaml"))
 PROVIDERS = [["Vast", "RunPod", "Lambda"], ["Vast"], ["RunPod", "Lambda"], ["Lambda"]]
 
 
@@ -42,31 +49,34 @@ def enable(providers: list[str]) -> None:
     global_user_state.set_enabled_clouds(providers, clouds.cloud.CloudCapability.COMPUTE, "default")
 
 
-def parse(name: str, envs: Pairs, secrets: Pairs) -> sky.Task:
-    """The task as `sky launch sky/NAME --env ... --secret ...` reads it."""
+def parse(name: str, envs: Pairs = ()) -> sky.Task:
+    """The task as `sky launch sky/NAME --env ...` reads it."""
     config = yaml.safe_load((REPOSITORY / "sky" / name).read_text())
-    return sky.Task.from_yaml_config(config, envs, secrets)
+    return sky.Task.from_yaml_config(config, list(envs))
 
 
 def plan(name: str, providers: list[str]) -> dict[str, Any]:
     """What SkyPilot would rent for `name` with these providers enabled, and at which price.
 
-    Raises SkyPilot's own errors: an invalid task, nothing to rent, or a feature (a mount, a second
-    node, autodown) that the chosen provider refuses.
+    What SkyPilot says against it instead: an invalid task, nothing to rent, or a feature (a mount,
+    a second node, autodown) that the chosen provider refuses.
     """
     enable(providers)
-    task = parse(name, ROOT, KEYS)
+    task = parse(name)
     with sky.Dag() as dag:
         dag.add(task)
-    dag.validate()
-    optimizer.Optimizer.optimize(dag, quiet=True)
-    chosen = dag.tasks[0].best_resources
-    assert chosen is not None
-    assert chosen.cloud is not None
-    autodown = clouds.CloudImplementationFeatures.AUTODOWN
-    needs = task.get_required_cloud_features() | {autodown}
-    chosen.cloud.check_features_are_supported(chosen, needs)
-    assert chosen.autostop_config is not None
+    try:
+        dag.validate()
+        optimizer.Optimizer.optimize(dag, quiet=True)
+        chosen = dag.tasks[0].best_resources
+        assert chosen is not None
+        assert chosen.cloud is not None
+        autodown = clouds.CloudImplementationFeatures.AUTODOWN
+        needs = task.get_required_cloud_features() | {autodown}
+        chosen.cloud.check_features_are_supported(chosen, needs)
+    except exceptions.ResourcesUnavailableError as error:
+        return {"refused": str(error)}
+    autostop = chosen.autostop_config
     return {
         "provider": str(chosen.cloud),
         "instance_type": chosen.instance_type,
@@ -74,19 +84,24 @@ def plan(name: str, providers: list[str]) -> dict[str, Any]:
         "usd_per_hour": chosen.get_cost(3600),
         "use_spot": chosen.use_spot,
         "disk_gb": chosen.disk_size,
-        "down_after_idle_minutes": chosen.autostop_config.idle_minutes,
-        "down": chosen.autostop_config.down,
+        "down_after_idle_minutes": autostop.idle_minutes if autostop else None,
+        "down": autostop.down if autostop else None,
         "job_recovery": chosen.job_recovery,
         "num_nodes": task.num_nodes,
-        "mounts": [*(task.file_mounts or {}), *(task.storage_mounts or {})],
+        "copies": task.file_mounts,
+        "mounts": list(task.storage_mounts or {}),
+        "vast": chosen.cluster_config_overrides.get("vast", {}),
     }
 
 
-def refusal(name: str, envs: Pairs, secrets: Pairs) -> str:
+def refusal(name: str, envs: Pairs = ()) -> str:
     """The sentence with which a dry `sky launch` of `name` ends, before it looks for a machine."""
     enable(PROVIDERS[0])
+    with sky.Dag() as dag:
+        dag.add(parse(name, envs))
     try:
-        execution.launch(parse(name, envs, secrets), cluster_name="refused", dryrun=True)
+        dag.validate()  # the client looks for the files to copy before anything else
+        execution.launch(dag, cluster_name="refused", dryrun=True)
     except (ValueError, RuntimeError) as error:
         return str(error)
     return ""
@@ -98,9 +113,10 @@ def main() -> None:
         "sky": sky.__file__,
         "version": sky.__version__,
         "plans": {name: {"+".join(p): plan(name, p) for p in PROVIDERS} for name in TASKS},
-        "without_root": {name: refusal(name, [], KEYS) for name in TASKS},
-        "without_keys": {name: refusal(name, ROOT, []) for name in TASKS},
+        "envs": {name: parse(name, [("TESSERA_ROOT", "s3://b/p")]).envs for name in TASKS},
     }
+    shutil.rmtree(Path("~/.tessera").expanduser())
+    answers["unconfigured"] = {name: refusal(name) for name in TASKS}
     Path(sys.argv[2]).write_text(json.dumps(answers, indent=1))
 
 

@@ -1,0 +1,105 @@
+"""Stock SkyPilot with a home of its own, as a person at a laptop has it after `sky check`."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.services.proxied import CHECKOUT
+
+CATALOGS = CHECKOUT / "tests" / "sky" / "catalogs"
+VAST_KEY = "pretended-vast-key-0123456789abcdef"
+USER_HASH = "7e55e4a1"  # part of the names that SkyPilot gives instances and its files in /tmp
+_CONFIG = """\
+allowed_clouds: [Vast]
+jobs:
+  controller:
+    consolidation_mode: true  # managed jobs are controlled by the API server, no machine for it
+"""
+
+
+@dataclass
+class SkyPilot:
+    """Runs ``sky`` commands; what each printed is kept in ``logs``."""
+
+    home: Path
+    logs: Path
+    bundle: Path
+    vast_url: str
+    _count: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of every command, nothing inherited: no key and no setting of whoever runs the lab."""
+        return {
+            "PATH": f"{Path(sys.executable).parent}:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            "HOME": str(self.home),
+            "LANG": "C.UTF-8",
+            "COLUMNS": "160",
+            "NO_COLOR": "1",
+            "PYTHONPATH": str(CHECKOUT),
+            "VAST_URL": self.vast_url,
+            "SSL_CERT_FILE": str(self.bundle),
+            "REQUESTS_CA_BUNDLE": str(self.bundle),
+            "SKYPILOT_DISABLE_USAGE_COLLECTION": "1",
+            "SKYPILOT_USER_ID": USER_HASH,
+        }
+
+    def furnish(self) -> None:
+        """The home: seeded catalogs, configuration, vast.ai's key where its own tool puts it.
+
+        A catalog without a checksum beside it counts as edited by hand and is never fetched again.
+        """
+        shutil.copytree(CATALOGS, self.home / ".sky" / "catalogs" / "v8")
+        (self.home / ".sky" / "config.yaml").write_text(_CONFIG)
+        key = self.home / ".config" / "vastai" / "vast_api_key"
+        key.parent.mkdir(parents=True)
+        key.write_text(VAST_KEY)
+        key.chmod(0o600)
+
+    def run(
+        self, *command: str, timeout: float = 120, more: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """One command to its end; stdout and stderr together, as a terminal shows them."""
+        name = "-".join(word for word in command[:3] if word[:1].isalpha() and "/" not in word)
+        log = self.logs / f"{next(self._count):03d}-{name}.log"
+        began = time.monotonic()
+        with log.open("w+") as file:
+            file.write(f"$ {' '.join(command)}\n")
+            file.flush()
+            done = subprocess.run(
+                command, cwd=CHECKOUT, env={**self.environment, **(more or {})},
+                stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, timeout=timeout,
+            )  # fmt: skip
+            file.write(f"== code {done.returncode} after {time.monotonic() - began:.0f} s\n")
+            file.seek(0)
+            text = file.read()
+        return subprocess.CompletedProcess(command, done.returncode, text)
+
+    def jobs(self) -> list[dict[str, Any]]:
+        """The managed jobs, as `sky jobs queue` has them."""
+        asked = self.run("sky", "jobs", "queue", "-o", "json")
+        if asked.returncode:
+            return []
+        found = next(line for line in asked.stdout.splitlines() if line.startswith("["))
+        rows: list[dict[str, Any]] = json.loads(found)
+        return rows
+
+
+def forget_sockets() -> None:
+    """SkyPilot keeps its ssh connections under a fixed path in /tmp."""
+    for path in Path("/tmp").glob(f"skypilot_ssh_*{USER_HASH}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def no_lab_in_environment() -> bool:
+    """Whether this process is not yet inside the lab's namespaces."""
+    return "TESSERA_LAB" not in os.environ
