@@ -147,6 +147,7 @@ def _train(
     from tessera.cli.attempts import place_of
     from tessera.cloud.machine import describe_machine
     from tessera.training.session import train as run_training
+    from tessera.training.workplace import Instruments
 
     price = settings.price
     machine = describe_machine(
@@ -159,8 +160,9 @@ def _train(
         click.echo(f"{machine.price.note}; its price is {machine.price.words}.", err=True)
     place = place_of(machine)
     hand_over()
+    instruments = Instruments(ask_price=machine.ask_price)
     result = run_training(
-        settings, store, place, run_id=run_id, new=new, quiet=quiet, ask_price=machine.ask_price
+        settings, store, place, run_id=run_id, new=new, quiet=quiet, instruments=instruments
     )
     if os.environ.get("RANK", "0") == "0":  # one of several workers speaks
         try:

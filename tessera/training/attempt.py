@@ -23,7 +23,6 @@ from tessera.errors import (
     TesseraError,
 )
 from tessera.experiment import Experiment, Pretrain
-from tessera.ledger.prices import AskPrice
 from tessera.model.loss import summed_cross_entropy
 from tessera.model.peak import Peak, peak_flops
 from tessera.model.shape import FLOPS_FORMULA
@@ -99,7 +98,6 @@ class Trainer:
     line: ProgressLine
     stop: StopRequest
     instruments: Instruments = REAL
-    ask_price: AskPrice | None = None
     replica: Replica | None = None
 
     def attempt(self, attempt: Attempt, start: Start, again: str) -> Ending | Rollback:
@@ -160,11 +158,10 @@ class Trainer:
         return outcome
 
     def _price_watch(self, loop: Loop, attempt: Attempt, journal: Journal) -> PriceWatch | None:
-        if self.ask_price is None or loop.cost is None:
+        ask = self.instruments.ask_price
+        if ask is None or loop.cost is None:
             return None
-        return PriceWatch(
-            self.ask_price, attempt, loop.cost, journal, lambda: loop.done, self.line.say
-        )
+        return PriceWatch(ask, attempt, loop.cost, journal, lambda: loop.done, self.line.say)
 
     def _go_back(self, loop: Loop, attempt: Attempt, cause: GoBackError) -> Rollback:
         """Decide and record where the run continues; ``DivergedError`` if it may not go back."""

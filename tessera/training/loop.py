@@ -28,7 +28,6 @@ from tessera.errors import DivergedError
 from tessera.evaluation.fixed import scorer
 from tessera.experiment import Pretrain
 from tessera.ledger.pace import Pace
-from tessera.ledger.traffic import DOWN_BYTES
 from tessera.training.budget import BudgetKeeper, Recorded
 from tessera.training.checkpoint.fetch import Loaded
 from tessera.training.checkpoint.publish import guard_publication
@@ -36,6 +35,7 @@ from tessera.training.checkpoint.saver import Saver
 from tessera.training.checkpoint.state import training_state
 from tessera.training.clock import SpanClock
 from tessera.training.cost import RunningCost
+from tessera.training.downloads import count_downloads
 from tessera.training.interval import Interval
 from tessera.training.optim import set_learning_rate
 from tessera.training.outlook import Outlook
@@ -108,7 +108,7 @@ class Loop:
         """
         self._s.journal.span("setup", time.time() - self._s.attempt.started_at, self.done)
         self._clock = SpanClock(self._s.journal)
-        self._count_downloads()
+        count_downloads(self._s, self._cost, self.done)
         if self._program.device.type == "cuda":
             with self._clock.filing("checkpoint"):
                 self.saver.prepare(self._tensors())
@@ -261,7 +261,7 @@ class Loop:
     def _log(self) -> None:
         loss = self._settle()
         self._clock.report(self.done)
-        self._count_downloads()
+        count_downloads(self._s, self._cost, self.done)
         interval, journal, step = self._interval, self._s.journal, self.done
         usd = self._cost.usd() if self._cost else None
         if math.isfinite(loss):
@@ -288,14 +288,6 @@ class Loop:
             journal.event("precision/changed", step, reason=note)
             self._s.line.say(f"step {step}: {note}")
         self.skips.judge(self.done)
-
-    def _count_downloads(self) -> None:
-        """Record what all ranks fetched from a remote root since the last time."""
-        received = sum(self._s.world.gather(self._s.root.take_received()))
-        if received:
-            self._s.journal.metric(DOWN_BYTES, received, self.done)
-            if self._cost:
-                self._cost.add_download(received)
 
     def _show_speed(self, speed: float, loss: float, usd: float | None) -> None:
         journal, step = self._s.journal, self.done

@@ -16,7 +16,6 @@ from functools import partial
 
 from tessera.errors import RetryElsewhereError
 from tessera.experiment import Experiment
-from tessera.ledger.prices import AskPrice
 from tessera.model.device import best_device, cpu_wanted
 from tessera.runs import Attempt, Ending, Run
 from tessera.storage import Root
@@ -50,12 +49,10 @@ def train(
     new: bool = False,
     quiet: bool = False,
     instruments: Instruments = REAL,
-    ask_price: AskPrice | None = None,
 ) -> Result:
     """Train, or continue, the run of ``experiment``; ``place`` says where and at what price.
 
-    ``instruments`` are what time and money are read from; ``ask_price`` asks the provider for that
-    price again while the run goes on.
+    ``instruments`` are what time and money are read from.
 
     Raises ``TesseraError`` subclasses, whose ``exit_code`` is the command's; a stop by signal is a
     ``Result`` with 75. Under torchrun every worker calls this.
@@ -77,9 +74,7 @@ def train(
         again = f"`--run-id {run.id}`" if new or run_id else "the same command"
         try:
             require_payable(prepared.experiment, place, root)
-            ending = _train(
-                prepared, root, world, place, stop, again, quiet, instruments, ask_price
-            )
+            ending = _train(prepared, root, world, place, stop, again, quiet, instruments)
         finally:
             prepared.program.close()
         leave(world)
@@ -111,13 +106,12 @@ def _train(
     again: str,
     quiet: bool,
     instruments: Instruments,
-    ask_price: AskPrice | None,
 ) -> Ending:
     run, program = prepared.run, prepared.program
     with ProgressLine(run.id, quiet=quiet or not world.is_main) as line:
         trainer = Trainer(
             prepared.experiment, root, run, prepared.created, program, world, line, stop,
-            instruments, ask_price,
+            instruments,
         )  # fmt: skip
         while True:
             start = _start(run, world)
