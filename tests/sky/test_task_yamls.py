@@ -82,10 +82,10 @@ def test_the_smoke_run_needs_no_second_provider(plans: Plans) -> None:
 
 def test_a_corpus_is_built_without_a_gpu_where_that_is_offered(plans: Plans) -> None:
     plan = plans["plans"]["corpus_cpu.yaml"]["RunPod+Lambda"]
-    assert (plan["provider"], plan["instance_type"]) == ("RunPod", "cpu5c-8-16")
-    assert plan["usd_per_hour"] == cheapest("runpod", "", 0, vcpus=8, memory_gib=16) == 0.28
-    assert plan["disk_gb"] <= 10 * 8
-    assert plans["plans"]["corpus_cpu.yaml"]["Vast"]["usd_per_hour"] == 0.14
+    assert (plan["provider"], plan["instance_type"]) == ("RunPod", "cpu5c-32-64")
+    assert plan["usd_per_hour"] == cheapest("runpod", "", 0, vcpus=30, memory_gib=32) == 1.12
+    assert plan["disk_gb"] <= 10 * 32
+    assert plans["plans"]["corpus_cpu.yaml"]["Vast"]["usd_per_hour"] == 0.89  # 32 vCPUs and a GPU
 
 
 def test_an_interview_takes_any_h100(plans: Plans) -> None:
