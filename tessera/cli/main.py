@@ -31,6 +31,11 @@ _ELSEWHERE = {
     "corpus": ("tessera.cli.corpus", "corpus", "Build and verify token shards."),
     "launch": ("tessera.cli.launch", "launch", "Rent a machine and train there."),
     "plan": ("tessera.cli.plan", "plan", "What a run costs on what can be rented now."),
+    "preflight": (
+        "tessera.cli.preflight",
+        "preflight",
+        "Is this machine worth its price? Go or no-go.",
+    ),
     "interview": ("tessera.cli.interview", "interview", "Ask a voice the probes; show answers."),
 }
 
