@@ -7,7 +7,9 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
+from tessera.cli._refused import estimate, lodger_of
 from tessera.cloud.reconcile import Findings, IdleMachine, Lodger, ask_vast, worth_recording
+from tessera.cloud.refusals import Refusal, scan_refusals
 from tessera.cloud.sky_records import NOT_ASKED, catalog_invoices, sky_records
 from tessera.cloud.vast import VastClient, find_key
 from tessera.errors import TesseraError
@@ -44,20 +46,26 @@ class Reconciled:
 
 @dataclass
 class _Ledger:
-    """The attempts on each instance and their dollars."""
+    """The attempts on each instance, or the refusal of it, and their dollars."""
 
     lodgers: list[Lodger] = field(default_factory=list)
     usd: dict[Place, float | None] = field(default_factory=dict)
     attempts: defaultdict[Place, list[str]] = field(default_factory=lambda: defaultdict(list))
 
     @classmethod
-    def of(cls, read: Histories) -> _Ledger:
+    def of(cls, read: Histories, refusals: Sequence[Refusal]) -> _Ledger:
         found = cls()
         histories = [*read.whole, *read.billable]
         bills = bill_all(histories)  # without what was billed before
         for history in histories:
             for item, own in bills_of(history, bills):
                 found.add(history.run.id, item, own)
+        for refusal in refusals:
+            place, lodger = (refusal.provider, refusal.instance), lodger_of(refusal)
+            found.lodgers.append(lodger)
+            if not found.attempts[place]:  # else its dollars are a run's
+                found.usd[place] = estimate(refusal)
+                found.attempts[place].append(lodger.name)
         return found
 
     def add(self, run_id: str, item: AttemptHistory, own: Bill) -> None:
@@ -80,7 +88,7 @@ def reconcile(root: Root, provider: str | None = None, *, now: float | None = No
     """
     now = time.time() if now is None else now
     read = read_histories(root)
-    ledger = _Ledger.of(read)
+    ledger = _Ledger.of(read, scan_refusals(root))
     found: list[Findings] = []
     errors: list[TesseraError] = []
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,6 +17,9 @@ from tessera.cli.common import (
     root_option,
     run_command,
 )
+
+if TYPE_CHECKING:
+    from tessera.storage import Root
 
 SORT_KEYS = (
     "created_at", "run_id", "status", "tokens", "final_loss", "best_loss", "cost_usd",
@@ -88,6 +91,7 @@ def list_(root: str, sort_key: str, kind: str | None, as_json: bool) -> int:
         from tessera.cli._exp_view import show_list
 
         show_list(rows, aliases)
+        _tell_refused(store)
     elif not damaged:
         what = f"{kind} runs" if kind else "runs"
         if store.is_absent():
@@ -96,6 +100,20 @@ def list_(root: str, sort_key: str, kind: str | None, as_json: bool) -> int:
             where = f"{store.url} yet;"
         click.echo(f"No {what} in {where} start one with `tessera train`.")
     return _tell_damaged([str(error) for error in damaged.values()])
+
+
+def _tell_refused(root: Root) -> None:
+    """A line about machines that cost money and carried no run."""
+    from tessera.cli._exp_view import dollars, plural
+    from tessera.cli._refused import refused_machines
+
+    found = refused_machines(root)
+    if found is not None:
+        unpriced = f", {found.unknown} without a price" if found.unknown else ""
+        click.echo(
+            f"Not in these: {plural(found.machines, 'refused machine')}, "
+            f"{dollars(found.usd, found.estimated)}{unpriced}."
+        )
 
 
 def _tell_damaged(sentences: Sequence[str]) -> int:

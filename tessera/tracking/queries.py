@@ -11,10 +11,12 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal, get_args
 
 from tessera.errors import DamagedError
 from tessera.ledger.meter import CATEGORIES, Bill
+from tessera.ledger.prices import PriceChange
 from tessera.ledger.traffic import plus_traffic
 from tessera.runs import (
     BUDGET,
@@ -349,7 +351,7 @@ def summarise_attempts(history: RunHistory, bills: dict[str, Bill]) -> list[Atte
                 resumed_from=a.resumed_from.step if a.resumed_from else None,
                 machine=a.machine,
                 price_note=a.price_note,
-                price_changes=len(item.prices),
+                price_changes=_moves(a.usd_per_hour, item.prices),
                 usd=spent.usd,
                 usd_estimated=spent.estimated,
                 ledger_usd=spent.ledger_usd,
@@ -363,6 +365,13 @@ def summarise_attempts(history: RunHistory, bills: dict[str, Bill]) -> list[Atte
             )
         )
     return found
+
+
+def _moves(first: float | None, prices: Sequence[PriceChange]) -> int:
+    """How often the price became another one."""
+    known = [usd for _, usd in sorted(prices)]
+    known = known if first is None else [first, *known]
+    return sum(before != after for before, after in pairwise(known))
 
 
 def usd_by_category(attempts: Sequence[AttemptSummary]) -> dict[str, float] | None:

@@ -368,3 +368,44 @@ def test_mlflow_gets_the_billed_figure(account: Account) -> None:
     run = account.json("list")[0]["run_id"]
     values = [float(value) for _, value in seen.values(run, "final/cost_usd")]
     assert values == [pytest.approx(billed(account, number))]
+
+
+# -- refused machines ------------------------------------------------------------------------------
+
+
+def refuse(account: Account, number: int, **changes: Any) -> None:
+    """What a machine leaves behind that was refused ten minutes after it was rented."""
+    began = account.bench.clock()
+    record = {
+        "number": 1, "token": f"{number:08x}", "at": began + 600, "launch": "l", "node": 0,
+        "provider": "vast", "instance": f"C.{number}", "machine": "20105", "host": "box",
+        "gpus": [], "wanted": "1 x H100", "found": "1 x RTX 5090", "reason": "wrong GPU",
+        "billed_from": began, "usd_per_hour": 1.2, "price_source": "provider", **changes,
+    }  # fmt: skip
+    account.bench.root.publish_json(f"refusals/job/1-{number:08x}.json", record)
+
+
+def test_refused_machines_are_in_the_bill_and_under_the_table(account: Account) -> None:
+    number = account.rent()
+    account.bench.finished()
+    assert "refused" not in account("list")[1]
+    refuse(account, number)
+    assert "Not in these: 1 refused machine, ~$0.2000." in account("list")[1]
+    refuse(account, 7777, usd_per_hour=None)
+    assert "2 refused machines, ~$0.2000, 1 without a price." in account("list")[1]
+    account.bench.root.delete("refusals/job/1-00001e61.json")
+    account.destroy(number, 900.0)
+    assert account("reconcile", "--yes")[0] == 0
+    usd = billed(account, number)
+    assert f"Not in these: 1 refused machine, ${usd:.4f}." in account("list")[1]
+    finish(account.launch(number, "later"))
+    assert "refused" not in account("list")[1], "its dollars are a run's"
+    assert account.cost("later")["billed_usd"] == pytest.approx(usd)
+
+
+def test_a_refused_machine_that_goes_on_is_for_nobody(account: Account) -> None:
+    number = account.rent()
+    refuse(account, number)
+    (idle,) = account.json("reconcile", code=3)["idle"]
+    assert idle["instance"] == f"C.{number}"
+    assert "refused/1-" in idle["why"]

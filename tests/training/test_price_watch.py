@@ -76,6 +76,7 @@ class Watched:
     provider: Provider
     step: int = 0
     said: list[str] = field(default_factory=list)
+    moves: int = 0
     cost: RunningCost = field(init=False)
     watch: PriceWatch = field(init=False)
 
@@ -112,6 +113,7 @@ def agrees(paid: Bench, watched: Watched) -> float:
     from tessera.tracking.history import bill_all
 
     attempts = summarise_attempts(history, bill_all([history]))
+    assert attempts[0].price_changes == watched.moves
     assert sum((usd_by_category(attempts) or {}).values()) == pytest.approx(usd, abs=1e-6)
     later = paid.launch(writer.run, instance="i-99", usd_per_hour=0.0)
     assert RunningCost(writer.run, later.attempt).usd() == pytest.approx(usd, abs=1e-6)
@@ -144,6 +146,7 @@ def test_a_bid_that_moves_is_billed_from_when_it_was_seen(paid: Bench) -> None:
     watched.watch.look()
     paid.clock.now += 10
     assert watched.told() == [("cost/usd_per_hour", 7.2), ("cost/usd_per_hour", 3.6)]
+    watched.moves = 2
     assert agrees(paid, watched) == pytest.approx(0.1 + 0.1 + 0.01)
 
 
@@ -192,6 +195,7 @@ def test_a_bid_that_is_told_late_counts_from_then_on(paid: Bench) -> None:
     watched.watch.look()
     assert watched.said == ["the provider answers: this machine costs $3.6/h, from now on"]
     paid.clock.now += 100
+    watched.moves = 1
     assert agrees(paid, watched) == pytest.approx(1.0 + 0.1)
     assert summarise_run(paid.root, watched.writer.run).cost_estimated, "an hour of it was a guess"
 
