@@ -53,6 +53,7 @@ from tessera.training.mute import MuteJournal
 from tessera.training.parallel import World
 from tessera.training.preemption import RETRY, StopRequest
 from tessera.training.pretrain import first_plan
+from tessera.training.price_watch import PriceWatch, follow_price
 from tessera.training.program import Program, compiles
 from tessera.training.progress import ProgressLine, dollars
 from tessera.training.replica import Loss, Replica
@@ -110,7 +111,8 @@ class Trainer:
         try:
             loop = self._loop(attempt, journal, start)
             try:
-                loop.run()
+                with follow_price(self._price_watch(loop, attempt, journal)):
+                    loop.run()
             except GoBackError as cause:
                 rollback = self._go_back(loop, attempt, cause)
                 outcome = Ending(ROLLED_BACK, 0, 0.0, start.step, rollback.reason)
@@ -154,6 +156,12 @@ class Trainer:
             if outcome.outcome in OUTCOMES_DONE and self.world.local_rank == 0:
                 shutil.rmtree(local_folder(self.run), ignore_errors=True)  # 12 GB nobody needs now
         return outcome
+
+    def _price_watch(self, loop: Loop, attempt: Attempt, journal: Journal) -> PriceWatch | None:
+        ask = self.instruments.ask_price
+        if ask is None or loop.cost is None:
+            return None
+        return PriceWatch(ask, attempt, loop.cost, journal, lambda: loop.done, self.line.say)
 
     def _go_back(self, loop: Loop, attempt: Attempt, cause: GoBackError) -> Rollback:
         """Decide and record where the run continues; ``DivergedError`` if it may not go back."""
