@@ -77,11 +77,12 @@ def bench(
         )
     from tessera.cli._bench_view import print_document, progress_view
     from tessera.cloud.machine import describe_machine
+    from tessera.model.device import best_device
     from tessera.training.bench.embedded import experiment_to_measure
     from tessera.training.bench.ladder import WARM_UP, chosen
     from tessera.training.bench.session import QUICK_STEPS, STEPS, Bench, Subject
 
-    device = _device()
+    device = best_device()
     settings, source = experiment_to_measure(experiment, overrides, device.type)
     techniques = chosen(only)
     count = steps or (QUICK_STEPS if quick else STEPS)
@@ -109,12 +110,6 @@ def bench(
     else:
         print_document(session.document)
     return _exit_code(session)
-
-
-def _device() -> torch.device:
-    import torch
-
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _price(option: float | None, known: HourlyPrice) -> HourlyPrice:

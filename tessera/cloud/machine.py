@@ -82,15 +82,17 @@ def describe_machine(
     experiment_down_price: float | None = None,
     environ: Mapping[str, str] = os.environ,
     ask: bool = True,
+    hardware: tuple[str, int] | None = None,
 ) -> Machine:
     """This machine, as the environment, the hardware and its provider tell it.
 
     The experiment's prices, in US dollars an hour and for 10^9 bytes to the root and from it, count
     where nobody else tells one. Without ``ask`` the provider is not asked: one of several workers
-    is enough. Raises ``InputError`` for a variable that is not the number it should be.
+    is enough. ``hardware``, name and number of the devices, saves loading torch. Raises
+    ``InputError`` for a variable that is not the number it should be.
     """
     place = _place(environ)
-    device, devices = _device()
+    device, devices = hardware or _device()
     started = psutil.Process().create_time()
     rental, note = _rental(place) if ask else (None, "")
     quote = rental.quote if rental else None
@@ -199,7 +201,9 @@ def _device() -> tuple[str, int]:
     """Name of the accelerator and how many there are; a CPU's model and its cores."""
     import torch
 
-    if torch.cuda.is_available():
+    from tessera.model.device import best_device
+
+    if best_device().type == "cuda":
         return torch.cuda.get_device_name(), torch.cuda.device_count()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

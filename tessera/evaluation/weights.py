@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tessera.corpus.chat import Message, render
 from tessera.corpus.tokenizer import Tokenizer
 from tessera.errors import DamagedError, InputError
+from tessera.model.device import best_device
 from tessera.model.digest import weights_digest
 from tessera.model.generate import generate
 from tessera.model.lora import add_lora, load_lora_state
@@ -95,11 +96,6 @@ class Voice:
         except ValueError as error:
             raise InputError(f"This prompt cannot be answered: {error}") from error
         return [tokenizer.decode(answer) for answer in answers]
-
-
-def best_device() -> torch.device:
-    """The GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def shape_to_json(shape: ModelShape) -> dict[str, Any]:

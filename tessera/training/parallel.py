@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tessera.errors import InputError, RetryElsewhereError, TesseraError
+from tessera.model.device import best_device
 from tessera.training.launch import PEER_LOST, leave_with_the_launcher
 
 T = TypeVar("T")
@@ -187,13 +188,13 @@ def reporting_lost_peers() -> Iterator[None]:
 def join(device_type: str | None = None, timeout_s: float | None = None) -> World:
     """The world that torchrun's variables describe; a world of one without them.
 
-    ``device_type`` is ``cuda`` or ``cpu``, by default the GPU if there is one. ``timeout_s`` (else
+    ``device_type`` is ``cuda`` or ``cpu``, by default ``best_device``. ``timeout_s`` (else
     TESSERA_WORKERS_TIMEOUT_S, else half an hour) is how long a worker waits for the others: one of
     them may be downloading a checkpoint. From here on a worker leaves once its launcher is gone.
     Raises ``InputError`` for variables that cannot be used, ``RetryElsewhereError`` if the others
     do not come.
     """
-    kind = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind = device_type or best_device().type
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return World(0, 1, 0, 1, torch.device(kind))
     leave_with_the_launcher()

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from tessera.errors import RetryElsewhereError
-from tessera.evaluation.weights import best_device
 from tessera.experiment import Experiment
+from tessera.model.device import best_device, cpu_wanted
 from tessera.runs import Attempt, Ending, Run
 from tessera.storage import Root
 from tessera.tracking.journal import adopt
@@ -78,7 +78,10 @@ def require_the_rented_gpu(environ: Mapping[str, str]) -> None:
     """Raise ``RetryElsewhereError`` if a GPU was rented and none can be used.
 
     Training would go on on the CPU, at the GPU's price, and as another run (its precision differs).
+    Who wants just that says so with ``TESSERA_DEVICE=cpu``.
     """
+    if cpu_wanted(environ):
+        return
     rented = environ.get("SKYPILOT_NUM_GPUS_PER_NODE", "0") not in ("", "0")
     if rented and best_device().type == "cpu":
         raise RetryElsewhereError(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tessera.errors import RetryElsewhereError, StoreError
+from tessera.errors import InputError, RetryElsewhereError, StoreError
 from tessera.runs import CheckpointRef
 from tessera.tracking.journal import Journal
 from tessera.training.checkpoint import saver
@@ -200,3 +200,7 @@ def test_a_rented_gpu_that_does_not_work_is_no_reason_to_train_on_the_cpu() -> N
     require_the_rented_gpu({})
     with pytest.raises(RetryElsewhereError, match="torch finds none that works"):
         require_the_rented_gpu({"SKYPILOT_NUM_GPUS_PER_NODE": "1"})
+    # A dry run of a launch says that it wants the CPU.
+    require_the_rented_gpu({"SKYPILOT_NUM_GPUS_PER_NODE": "1", "TESSERA_DEVICE": "cpu"})
+    with pytest.raises(InputError, match="TESSERA_DEVICE is 'gpu'; expected auto"):
+        require_the_rented_gpu({"TESSERA_DEVICE": "gpu"})
