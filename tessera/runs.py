@@ -375,7 +375,9 @@ def create_or_open(
 
     ``run_id`` (else ``TESSERA_RUN_ID``) names it, otherwise the identity does; ``new`` takes the
     first free ``-2``, ``-3``, ... instead of continuing. A loss-affecting setting or fingerprint
-    that differs from the stored run's is a ``ConflictError`` that names it.
+    that differs from the stored run's is a ``ConflictError`` that names it, and so is another
+    budget; none means the one that the run was started with. Raises ``InputError`` if a run would
+    have to be created that neither tokens nor a budget ends.
     """
     identity = dict(experiment.identity)
     if base is not None:
@@ -397,9 +399,17 @@ def create_or_open(
         base=base,
     )
     number = 1
+    endless = experiment.kind == "pretrain" and experiment.tokens is None
+    endless = endless and record.experiment["budget_usd"] is None
     while True:
         name = wanted if number == 1 else f"{wanted}-{number}"
         record = replace(record, run_id=name)
+        if endless and not root.exists(f"runs/{name}/run.json"):
+            raise InputError(
+                f"Nothing ends {name}: {experiment.origin('tokens')} gives neither tokens nor "
+                "budget_usd, and no run of it is there to be continued; give one of the two, or "
+                "--budget."
+            )
         if root.create_json(f"runs/{name}/run.json", asdict(record)):
             return Run(root, record), True
         if not new:
@@ -422,6 +432,14 @@ def _refuse_changes(stored: RunRecord, wanted: RunRecord) -> None:
             raise ConflictError(
                 f"Run {stored.run_id} was started with {key} = {old}, this experiment says {now}; "
                 "put it back, or start another run with --new."
+            )
+    if (budget := wanted.experiment.get("budget_usd")) is not None:
+        had = stored.experiment.get("budget_usd")
+        if had != budget:
+            before = "without a budget" if had is None else f"with a budget of ${had:g}"
+            raise ConflictError(
+                f"Run {stored.run_id} was started {before}, this attempt says ${budget:g}; put it "
+                "back, or start another run with --new."
             )
 
 

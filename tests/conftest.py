@@ -19,6 +19,7 @@ def clean_environment(
         if name.startswith(_OURS) or name == "COLUMNS":  # the width of whoever runs the tests
             monkeypatch.delenv(name)
     monkeypatch.setenv("TESSERA_CACHE", str(_cache(tmp_path_factory)))
+    monkeypatch.setenv("TESSERA_ENV_FILE", os.devnull)  # not what `tessera configure` wrote here
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
 
 

@@ -174,9 +174,16 @@ def _formulas(document: dict[str, Any]) -> Iterator[str]:
         return
     guess = ", a guess: give --price" if price["source"] == "experiment" else ""
     yield (
-        f"Hours and dollars: {experiment['tokens']:,} tokens at ${price['usd_per_hour']:g}/h "
+        f"Hours and dollars: {_size(experiment)} at ${price['usd_per_hour']:g}/h "
         f"({price['source']}{guess}), training steps alone."
     )
+
+
+def _size(experiment: dict[str, Any]) -> str:
+    tokens, budget = experiment["tokens"], experiment["budget_usd"]
+    parts = [] if tokens is None else [f"{tokens:,} tokens"]
+    parts += [] if budget is None else [f"a budget of ${budget:,.2f}"]
+    return " or ".join(parts) or "neither tokens nor a budget"
 
 
 def _verdict(document: dict[str, Any]) -> Iterator[str]:
@@ -187,7 +194,8 @@ def _verdict(document: dict[str, Any]) -> Iterator[str]:
     put = f"; in the experiment: {settings}" if settings else ""
     what = f"Best: {row['name']}" if settings else "The experiment as it is"
     usd = "" if row["usd"] is None else f", {_usd(row['usd'])}"
-    yield f"{what}: {row['tokens_per_s']:,.0f} tokens/s, {_hours(row['hours'])} h{usd}{put}."
+    hours = "" if row["hours"] is None else f", {_hours(row['hours'])} h"
+    yield f"{what}: {row['tokens_per_s']:,.0f} tokens/s{hours}{usd}{put}."
     if "fp8" in (row["settings"].get("precision"), document["experiment"]["precision"]):
         yield _float8_caveat(document["rows"])
     reference = document["reference"]
@@ -215,7 +223,9 @@ def _tera(rate: float) -> str:
     return f"{rate / 1e12:,.0f} TFLOP/s" if rate >= 1e13 else f"{rate / 1e9:,.2f} GFLOP/s"
 
 
-def _hours(value: float) -> str:
+def _hours(value: float | None) -> str:
+    if value is None:
+        return "-"
     return f"{value:,.1f}" if value >= 1 else f"{value:.3f}"
 
 

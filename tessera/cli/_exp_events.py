@@ -46,6 +46,23 @@ def _resumed(details: Details) -> str:
     return f"{text}; {steps}{before} lost ({details['lost_s']:,.0f} s{dollars})"
 
 
+def _planned(details: Details) -> str:
+    seconds = details["seconds_per_step"]
+    pace = "" if seconds is None else f", {seconds:.3g} s a step"
+    start = f"decay from {details['decay_start']:,}" if details["level"] == 1 else "decaying"
+    return (
+        f"end planned at step {details['end_step']:,}, {start}: ${details['usd_so_far']:.2f} so "
+        f"far, ${details['usd_per_hour']:g}/h{pace}"
+    )
+
+
+def _stopped(details: Details) -> str:
+    return (
+        f"ended by the budget: ${details['usd_so_far']:.2f} of ${details['budget_usd']:g} spent, "
+        f"${details['reserve_usd']:.2f} kept back"
+    )
+
+
 def _because(text: str) -> Callable[[Details], str]:
     return lambda details: f"{text}: {details['reason']}"
 
@@ -58,6 +75,8 @@ EVENTS: dict[str, Callable[[Details], str]] = {
     "stability/skipped": _skipped,
     "run/rolled_back": _rolled_back,
     "precision/changed": _because("precision changed"),
+    "budget/planned": _planned,
+    "budget/stopped": _stopped,
     "run/diverged": _because("diverged"),
     "attempt/resumed": _resumed,
     "checkpoint/damaged": _because("checkpoint passed over"),

@@ -64,15 +64,22 @@ def epilog(*examples: str) -> str:
     return "\b\nExamples:\n" + "\n".join(f"  {example}" for example in examples)
 
 
-def run_command(command: click.Command, arguments: Sequence[str] | None = None) -> int:
+def run_command(
+    command: click.Command, arguments: Sequence[str] | None = None, *, configured: bool = False
+) -> int:
     """Run a click command; deliberate errors become one sentence on stderr and their exit code.
 
-    A reader that went away (``| head``) is no error. ``TESSERA_DEBUG=1`` shows the traceback.
+    A reader that went away (``| head``) is no error. ``TESSERA_DEBUG=1`` shows the traceback. With
+    ``configured``, what ``tessera configure`` wrote is the default of unset variables.
     """
     from tessera.errors import TesseraError
 
     result: object = 0
     try:
+        if configured:
+            from tessera.cloud.credentials import apply_defaults
+
+            apply_defaults(sys.argv[1:])
         result = command.main(args=arguments, standalone_mode=False)
         sys.stdout.flush()
         return result if isinstance(result, int) else 0

@@ -20,7 +20,8 @@ LORA_RANK = 16
 def facts_of(experiment: Experiment) -> dict[str, Any]:
     """The figures of ``--json``. Bytes and FLOPs are integers; an SFT's base is not opened.
 
-    Where ``batch.micro_batch`` is ``auto``, ``accumulation`` is None and the memory is that of the
+    Steps, tokens and total FLOPs are None where only a budget ends the run. Where
+    ``batch.micro_batch`` is ``auto``, ``accumulation`` is None and the memory is that of the
     smallest size; ``memory_micro_batch`` says for how many samples at once it is.
     """
     if not isinstance(experiment, Pretrain):
@@ -47,6 +48,7 @@ def facts_of(experiment: Experiment) -> dict[str, Any]:
         "lora_rank": LORA_RANK,
         "steps": experiment.steps,
         "tokens": experiment.tokens,
+        "budget_usd": experiment.budget_usd,
         "tokens_per_step": experiment.batch.tokens_per_step,
         "precision": experiment.precision,
         "kernels": experiment.kernels,
@@ -56,7 +58,7 @@ def facts_of(experiment: Experiment) -> dict[str, Any]:
         else experiment.batch.tokens_per_step // (setting * experiment.sequence),
         "flops_per_token": flops,
         "flops_formula": FLOPS_FORMULA,
-        "flops_total": flops * experiment.tokens,
+        "flops_total": None if experiment.tokens is None else flops * experiment.tokens,
         "memory_micro_batch": size,
         "recompute": experiment.recompute,
         "memory_bytes": sum(memory.values()),
@@ -97,7 +99,12 @@ def print_facts(facts: dict[str, Any]) -> None:
             for part, size in value.items():
                 table.add_row(f"  {part}", f"{size / 2**30:.2f} GiB")
             continue
-        table.add_row(label, _figure(key, value))
+        if key == "budget_usd":
+            table.add_row("budget", "none" if value is None else f"${value:,.2f}")
+        elif value is None and key in ("steps", "tokens", "flops_total"):
+            table.add_row(label, "as many as the budget pays for")
+        else:
+            table.add_row(label, _figure(key, value))
     console = Console()
     console.print(table)
     if "flops_formula" in facts:
@@ -108,12 +115,12 @@ def print_facts(facts: dict[str, Any]) -> None:
 
 
 def _figure(key: str, value: Any) -> str:
+    if value is None:
+        return "left to the machine"
     if key.endswith("_bytes"):
         return f"{value / 2**30:.2f} GiB"
     if key.startswith("flops"):
         return f"{value:.3e}"
-    if value is None:
-        return "left to the machine"
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, list):

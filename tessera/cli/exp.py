@@ -224,4 +224,4 @@ def plain(value: Any) -> Any:
 
 def main() -> None:
     """Entry point of the ``tessera-exp`` command."""
-    raise SystemExit(run_command(exp))
+    raise SystemExit(run_command(exp, configured=True))

@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 _RETRY = 75
 _ELSEWHERE = {
     "bench": ("tessera.cli.bench", "bench", "Measure this machine's speed and a run's cost."),
+    "configure": ("tessera.cli.configure", "configure", "Write and try root, keys and prices."),
     "corpus": ("tessera.cli.corpus", "corpus", "Build and verify token shards."),
+    "launch": ("tessera.cli.launch", "launch", "Rent a machine and train there."),
+    "plan": ("tessera.cli.plan", "plan", "What a run costs on what can be rented now."),
     "interview": ("tessera.cli.interview", "interview", "Ask a voice the probes; show answers."),
 }
 
@@ -76,6 +79,7 @@ _set_option = click.option(
         "tessera train experiments/smoke.yaml",
         "tessera train experiments/tessera_1b.yaml --root s3://bucket/tessera --set tokens=6553600",
         "tessera train experiments/tessera_1b.yaml --gpus 2",
+        "tessera train experiments/tessera_1b_budget.yaml --budget 100",
     )
 )
 @click.argument("experiment", type=click.Path())
@@ -85,6 +89,9 @@ _set_option = click.option(
 @click.option("--new", is_flag=True, help="Start another run even if this one exists.")
 @click.option("--quiet", is_flag=True, help="No progress line.")
 @click.option("--gpus", type=int, metavar="N", help="Train on N GPUs of this machine.")
+@click.option(
+    "--budget", metavar="USD", help="US dollars that the run may cost; also TESSERA_BUDGET_USD."
+)
 def train(
     experiment: str,
     overrides: tuple[str, ...],
@@ -93,18 +100,19 @@ def train(
     new: bool,
     quiet: bool,
     gpus: int | None,
+    budget: str | None,
 ) -> int:
     """Train EXPERIMENT, or continue its unfinished run.
 
     Under torchrun, or where SkyPilot rented several GPUs or machines, all of them train together.
 
-    Exit codes: 0 done; 2 bad input, or a later attempt took over; 3 diverged; 75 another machine or
-    moment may help.
+    Exit codes: 0 done, or its budget is spent; 2 bad input, or a later attempt took over; 3
+    diverged; 75 another machine or moment may help.
     """
     from tessera.cli.early import told_early
 
     with told_early() as hand_over:
-        return _train(experiment, overrides, root, run_id, new, quiet, gpus, hand_over)
+        return _train(experiment, overrides, root, run_id, new, quiet, gpus, budget, hand_over)
 
 
 def _train(
@@ -115,13 +123,16 @@ def _train(
     new: bool,
     quiet: bool,
     gpus: int | None,
+    budget: str | None,
     hand_over: Callable[[], None],
 ) -> int:
     from tessera.experiment import load_experiment
+    from tessera.ledger.budget import BUDGET_VARIABLE, choose_budget
     from tessera.storage import open_root
 
     # Before torch: a typo is told at once.
-    settings = load_experiment(experiment, overrides)
+    given = choose_budget(budget, os.environ.get(BUDGET_VARIABLE))
+    settings = load_experiment(experiment, overrides, given)
     store = open_root(root)
     _require_folder(store, settings)
     plan = workers_to_start(gpus)
@@ -161,9 +172,11 @@ def _require_folder(store: Root, settings: Experiment) -> None:
     if not store.is_absent():
         return
     if isinstance(settings, Pretrain):
+        from tessera.corpus.recipe import recipe_for
+
         name = settings.data.corpus
         missing = f"Corpus {name!r} is not built"
-        command = f"tessera corpus build data_manifests/{name}.yaml --root {store.url}"
+        command = f"tessera corpus build {recipe_for(name)} --root {store.url}"
     else:
         missing = f"Base {settings.base!r} is not trained"
         command = f"tessera train EXPERIMENT --root {store.url}"
@@ -213,7 +226,8 @@ def _facts(settings: Any) -> dict[str, Any]:
 
 def main() -> None:
     """Entry point of the ``tessera`` command."""
-    code = run_command(tessera)
+    # A damaged file of settings must not be in the way of the command that writes it again.
+    code = run_command(tessera, configured=sys.argv[1:2] != ["configure"])
     if code == _RETRY:  # told to go: a thread that waits for a store must not hold the process
         sys.stderr.flush()
         os._exit(code)

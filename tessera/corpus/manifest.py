@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from tessera.corpus.recipe import NormaliseRecipe, SourceFormat, validation_sentence
+from tessera.corpus.recipe import NormaliseRecipe, SourceFormat, recipe_for, validation_sentence
 from tessera.errors import InputError
 from tessera.storage import Root, canonical_json, sha256_bytes
 
@@ -231,7 +231,7 @@ def resolve(root: Root, name: str, fingerprint_prefix: str | None = None) -> Man
     if not builds:
         raise InputError(
             f"Corpus {name!r} is not built in {root.url}; build it with `tessera corpus build "
-            f"data_manifests/{name}.yaml --root {root.url}`."
+            f"{recipe_for(name)} --root {root.url}`."
         )
     fitting = [b for b in builds if b.fingerprint.startswith(fingerprint_prefix or "")]
     if len(fitting) == 1:

@@ -218,3 +218,18 @@ def _lower(text: str) -> str:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+def recipe_for(corpus: str, folder: Path = Path("data_manifests")) -> str:
+    """The recipe in ``folder`` whose ``name`` is ``corpus``; ``RECIPE`` where none is.
+
+    For a sentence that says what to build: a file's name need not be the corpus's.
+    """
+    for path in sorted(folder.glob("*.yaml")):
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            continue
+        if isinstance(data, dict) and data.get("name") == corpus:
+            return path.as_posix()
+    return "RECIPE"

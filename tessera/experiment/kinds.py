@@ -13,6 +13,7 @@ from tessera.experiment.sections import (
     ConversationBatch,
     ConversationData,
     CorpusData,
+    Cosine,
     Evaluation,
     KeyedError,
     Lora,
@@ -80,6 +81,9 @@ class _Common(Section):
 class Pretrain(_Common):
     """A base model from random weights over one corpus.
 
+    ``tokens`` or ``budget_usd`` ends the run, whichever comes first; a run keeps the budget that it
+    was started with, wherever that was written (``tessera.runs.create_or_open``).
+    ``budget_reserve_usd`` is what is kept back of it (docs/budget.md).
     ``kernels`` says who computes a step: our fused operations, or torch under autograd; they round
     sums differently, so it is as free as ``compile``. With precision ``fp8`` the blocks' matrix
     products take float8 operands, which only the fused operations do. ``attention`` names the
@@ -93,7 +97,9 @@ class Pretrain(_Common):
     model: Model
     data: CorpusData
     batch: TokenBatch
-    tokens: int = Field(gt=0)
+    tokens: int | None = Field(default=None, gt=0)
+    budget_usd: float | None = free(None, gt=0)
+    budget_reserve_usd: float | None = free(None, gt=0)
     evaluation: Evaluation
 
     @property
@@ -102,9 +108,9 @@ class Pretrain(_Common):
         return self.data.sequence or self.model.context
 
     @property
-    def steps(self) -> int:
-        """Optimiser steps of the whole run."""
-        return self.tokens // self.batch.tokens_per_step
+    def steps(self) -> int | None:
+        """Optimiser steps of the whole run; None where only a budget ends it."""
+        return None if self.tokens is None else self.tokens // self.batch.tokens_per_step
 
     @model_validator(mode="after")
     def _kernels_agree(self) -> Pretrain:
@@ -140,6 +146,25 @@ class Pretrain(_Common):
         return self
 
     @model_validator(mode="after")
+    def _budget_agrees(self) -> Pretrain:
+        budget, reserve = self.budget_usd, self.budget_reserve_usd
+        if isinstance(self.schedule, Cosine) and budget is not None:
+            raise KeyedError(
+                "a cosine has to know its last step, which a budget moves; set schedule to "
+                "{name: linear_decay, warmup_steps: ...}, or leave the budget out",
+                "budget_usd", "schedule.name",
+            )  # fmt: skip
+        if isinstance(self.schedule, Cosine) and self.tokens is None:
+            raise KeyedError("a cosine needs the tokens of the whole run; give them", "tokens")
+        if budget is not None and reserve is not None and reserve >= budget:
+            raise KeyedError(
+                f"a reserve of ${reserve:g} leaves nothing of a budget of ${budget:g}; lower it, "
+                "or raise the budget",
+                "budget_reserve_usd", "budget_usd",
+            )  # fmt: skip
+        return self
+
+    @model_validator(mode="after")
     def _sizes_agree(self) -> Pretrain:
         if self.sequence > self.model.context:
             raise KeyedError(
@@ -161,7 +186,7 @@ class Pretrain(_Common):
                 "divides",
                 "batch.tokens_per_step", "batch.micro_batch", "data.sequence", "model.context",
             )  # fmt: skip
-        if self.tokens % per_step:
+        if self.tokens is not None and self.tokens % per_step:
             raise KeyedError(
                 f"{self.tokens:,} tokens are not a whole number of steps of {per_step:,}; the "
                 f"nearest that is: {max(1, round(self.tokens / per_step)) * per_step:,}",

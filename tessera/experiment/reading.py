@@ -15,17 +15,22 @@ from tessera.experiment.kinds import ADAPTER, Experiment, upwards
 from tessera.experiment.sections import BooleanError, KeyedError
 
 
-def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+def load_experiment(
+    path: str | Path, overrides: Sequence[str] = (), budget: tuple[float, str] | None = None
+) -> Experiment:
     """Read, extend, override and validate one experiment file.
 
-    ``overrides`` are ``a.b=c`` strings whose right side is YAML. Raises ``InputError`` with a
-    sentence that names the key and the file (or the ``--set``) it came from.
+    ``overrides`` are ``a.b=c`` strings whose right side is YAML; ``budget`` is a ``budget_usd``
+    and who gave it (an option, a variable), which counts before both. Raises ``InputError`` with
+    a sentence that names the key and the file (or the ``--set``) it came from.
     """
     path = Path(path)
     origins: dict[str, str] = {}
     data = _read(path, origins, ())
     for override in overrides:
         _apply(data, override, origins)
+    if budget is not None:
+        _merge(data, {"budget_usd": budget[0]}, budget[1], "", origins)
     _resolve_paths(data, origins)
     try:
         experiment = ADAPTER.validate_python(data)

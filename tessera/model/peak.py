@@ -12,18 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-# Dense bf16 matrix FLOP/s of the data sheets, first match of the device's name counts.
-_DATASHEET = (
-    ("B200", 2250e12),
-    ("H200", 989e12),
-    ("H100 PCIe", 756e12),
-    ("H100 NVL", 835e12),
-    ("H100", 989e12),
-    ("A100", 312e12),
-    ("L40S", 362e12),
-    ("RTX 5090", 209.5e12),
-    ("RTX 4090", 165.2e12),
-)
+from tessera.model.datasheet import bf16_flops
 
 
 @dataclass(frozen=True)
@@ -36,11 +25,10 @@ class Peak:
 
 def peak_flops(device: torch.device, dtype: torch.dtype, devices: int = 1) -> Peak:
     """The denominator of MFU for ``devices`` devices like this one."""
-    if device.type == "cuda" and dtype == torch.bfloat16:
-        name = torch.cuda.get_device_name(device)
-        for part, flops in _DATASHEET:
-            if part.lower() in name.lower():
-                return Peak(devices * flops, f"{part} data sheet, dense bf16")
+    known = device.type == "cuda" and dtype == torch.bfloat16
+    if known and (found := bf16_flops(torch.cuda.get_device_name(device))):
+        model, flops = found
+        return Peak(devices * flops, f"{model} data sheet, dense bf16")
     spelled = str(dtype).removeprefix("torch.")
     return Peak(devices * _measure(device, dtype), f"measured {spelled} matrix product")
 

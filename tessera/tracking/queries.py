@@ -43,6 +43,8 @@ from tessera.tracking.journal import Record
 Status = Literal["finished", "budget", "running", "died", "failed", "diverged", "preempted"]
 STATUSES: tuple[Status, ...] = get_args(Status)
 TRAFFIC = "traffic"
+BUDGET_PLANNED = "budget/planned"
+"""The journal event with which a run that a budget ends says where its end is."""
 _BY_OUTCOME: dict[str, Status] = {
     FINISHED: "finished", BUDGET: "budget", DIVERGED: "diverged",
     PREEMPTED: "preempted", FAILED: "failed", ROLLED_BACK: "died",
@@ -149,7 +151,7 @@ def summarise_history(
         started_at=min((i.attempt.started_at for i in history.attempts), default=record.created_at),
         ended_at=None if status == "running" else max(ends, default=record.created_at),
         step=history.upto,
-        total_steps=_total_steps(record.experiment, record.data),
+        total_steps=_planned_steps(history) or _total_steps(record.experiment, record.data),
         live_step=live.step if live else None,
         live_loss=_live_loss(history, live),
         tokens=int(tokens) if tokens is not None and math.isfinite(tokens) else None,
@@ -196,6 +198,23 @@ def _status(history: RunHistory, now: float | None) -> Status:
     # Two attempts of one number: the smaller token took over (see ``Run.superseded_by``).
     said = [i.ending.outcome for i in latest if i.ending and i.ending.outcome != SUPERSEDED]
     return _BY_OUTCOME.get(said[0], "failed") if said else "died"
+
+
+def _planned_steps(history: RunHistory) -> int | None:
+    """Steps of a run that a budget ends: those that it had, else those of its latest plan."""
+    if history.run.record.experiment.get("budget_usd") is None:
+        return None
+    if history.done is not None:
+        return history.done.step
+    plans = [
+        record
+        for item in history.attempts
+        for record in item.records
+        if record.kind == "event" and record.key == BUDGET_PLANNED
+    ]
+    found = max(plans, key=lambda record: record.time, default=None)
+    steps = found.value.get("end_step") if found and isinstance(found.value, dict) else None
+    return steps if isinstance(steps, int) else None
 
 
 def _total_steps(experiment: dict[str, Any], data: dict[str, Any]) -> int | None:

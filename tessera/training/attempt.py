@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -27,9 +27,11 @@ from tessera.model.loss import summed_cross_entropy
 from tessera.model.peak import Peak, peak_flops
 from tessera.model.shape import FLOPS_FORMULA
 from tessera.runs import (
+    BUDGET,
     DIVERGED,
     FAILED,
     FINISHED,
+    OUTCOMES_DONE,
     PREEMPTED,
     ROLLED_BACK,
     SUPERSEDED,
@@ -40,28 +42,32 @@ from tessera.runs import (
 )
 from tessera.storage import Root
 from tessera.tracking.journal import Journal
+from tessera.training.budget import Recorded, plan_of
 from tessera.training.checkpoint.fetch import Loaded
 from tessera.training.checkpoint.files import local_folder
 from tessera.training.checkpoint.state import allocate_moments, restore_state, training_state
 from tessera.training.fused import FusedReplica
-from tessera.training.loop import Loop, Session, compiles
+from tessera.training.loop import Loop
 from tessera.training.memory import out_of_memory_sentence, resolve_micro_batch
 from tessera.training.mute import MuteJournal
 from tessera.training.parallel import World
 from tessera.training.preemption import RETRY, StopRequest
-from tessera.training.program import Program
+from tessera.training.pretrain import first_plan
+from tessera.training.program import Program, compiles
 from tessera.training.progress import ProgressLine, dollars
 from tessera.training.replica import Loss, Replica
 from tessera.training.resume import Lost, decide_rollback
 from tessera.training.stability import GoBackError, Range, Skips, Watch
+from tessera.training.workplace import REAL, Instruments, Session
 
 
 @dataclass(frozen=True)
 class Start:
     """Where an attempt continues and what it has to know.
 
-    ``excluded`` and ``rollbacks`` were decided after the checkpoint was written; ``notes`` say what
-    was passed over; ``adopted`` names the attempts whose records were brought to the root.
+    ``excluded`` and ``rollbacks`` were decided after the checkpoint was written, and so were the
+    plans of ``recorded``; ``notes`` say what was passed over; ``adopted`` names the attempts whose
+    records were brought to the root.
     """
 
     loaded: Loaded | None
@@ -70,6 +76,7 @@ class Start:
     lost: Lost | None = None
     excluded: Sequence[Range] = ()
     rollbacks: int = 0
+    recorded: Recorded = field(default_factory=Recorded)
 
     @property
     def step(self) -> int:
@@ -89,6 +96,7 @@ class Trainer:
     world: World
     line: ProgressLine
     stop: StopRequest
+    instruments: Instruments = REAL
     replica: Replica | None = None
 
     def attempt(self, attempt: Attempt, start: Start, again: str) -> Ending | Rollback:
@@ -108,7 +116,7 @@ class Trainer:
                 outcome = Ending(ROLLED_BACK, 0, 0.0, start.step, rollback.reason)
                 return rollback
             outcome = self._ending(loop, again)
-            if outcome.outcome == FINISHED:
+            if outcome.outcome in OUTCOMES_DONE:
                 journal.event("run/finished", loop.done)
         except torch.OutOfMemoryError as error:
             reason = out_of_memory_sentence(
@@ -143,7 +151,7 @@ class Trainer:
             outcome = replace(outcome, ended_at=time.time(), step=reached)
             if self.world.is_main:
                 finish_attempt(self.run, attempt, journal, outcome)
-            if outcome.outcome == FINISHED and self.world.local_rank == 0:
+            if outcome.outcome in OUTCOMES_DONE and self.world.local_rank == 0:
                 shutil.rmtree(local_folder(self.run), ignore_errors=True)  # 12 GB nobody needs now
         return outcome
 
@@ -173,6 +181,10 @@ class Trainer:
             compiled = torch.compile(summed_cross_entropy) if compiles(program) else None
             self.replica = _build_replica(program, world, compiled or summed_cross_entropy)
         replica = self.replica
+        if isinstance(experiment, Pretrain) and experiment.budget_usd is not None:
+            program.plan = first_plan(experiment)
+            if start.loaded is not None:
+                program.plan = plan_of(start.loaded.state["plan"], start.loaded.ref)
         optimizer = replica.optimizer(experiment.optimizer)
         allocate_moments(replica.trainable, optimizer)
         watch = Watch(experiment.stability, program.device)
@@ -201,10 +213,14 @@ class Trainer:
         )
         self.line.say(f"steps computed by {how}")
         self.line.say(_formula(program, peak))
-        session = Session(self.root, self.run, attempt, journal, self.line, peak, self.stop, world)
+        session = Session(
+            self.root, self.run, attempt, journal, self.line, peak, self.stop, world,
+            self.instruments,
+        )  # fmt: skip
         return Loop(
-            session, program, replica, optimizer, skips=skips, watch=watch, loaded=start.loaded
-        )
+            session, program, replica, optimizer, skips=skips, watch=watch, loaded=start.loaded,
+            recorded=start.recorded,
+        )  # fmt: skip
 
     def _choose_micro_batch(self, replica: Replica, journal: Journal, start: Start) -> None:
         program, setting = self.program, self.experiment.batch.micro_batch
@@ -254,6 +270,11 @@ class Trainer:
             )  # fmt: skip
 
     def _ending(self, loop: Loop, again: str) -> Ending:
+        if loop.budget is not None and loop.budget.stopped:
+            text = f"Ended by the budget at step {loop.done}: {loop.budget.stopped}."
+            if loop.done == 0:
+                text += " Nothing was trained, so there is no model."
+            return Ending(BUDGET, 0, 0.0, loop.done, text)
         if loop.done == self.program.steps:
             text = f"Finished all {self.program.steps} steps."
             if loop.skips.skipped:
@@ -261,7 +282,7 @@ class Trainer:
             return Ending(FINISHED, 0, 0.0, loop.done, text)
         here, anywhere = loop.saver.local_step, loop.saver.root_step
         text = (
-            f"Stopped by {self.stop.signal} at step {loop.done} of {self.program.steps}; {again} "
+            f"Stopped by {self.stop.signal} at step {loop.done} of {_steps(self.program)}; {again} "
             f"continues at step {max(here, anywhere)}"
         )
         if anywhere < here:
@@ -271,7 +292,7 @@ class Trainer:
 
 def finish_attempt(run: Run, attempt: Attempt, journal: Journal, outcome: Ending) -> None:
     """The journal first, then the ending: a finished run has all its records in the root."""
-    done = outcome.outcome == FINISHED
+    done = outcome.outcome in OUTCOMES_DONE
     try:
         journal.close()
         outcome = replace(outcome, records=journal.written)
@@ -296,12 +317,11 @@ def _build_replica(program: Program, world: World, loss: Loss) -> Replica:
 def _opening(attempt: Attempt, program: Program, created: bool, start: Start) -> str:
     done = start.step
     if created:
-        what = f"new run, {program.steps} steps"
+        what = f"new run, {_steps(program)} steps"
     elif start.loaded is not None:
         where = "this machine's disk" if start.loaded.local else "the root"
-        what = (
-            f"continuing at step {done} of {program.steps} from {where} (attempt {attempt.number})"
-        )
+        what = f"continuing at step {done} of {_steps(program)} from {where}"
+        what += f" (attempt {attempt.number})"
     else:
         what = f"starting again, no checkpoint yet (attempt {attempt.number})"
     price = "no price known"
@@ -313,6 +333,14 @@ def _opening(attempt: Attempt, program: Program, created: bool, start: Start) ->
     workers = program.world.size
     devices = attempt.device if workers == 1 else f"{workers} x {attempt.device}"
     return f"{what}; {count:,} trainable parameters on {devices}; {price}"
+
+
+def _steps(program: Program) -> str:
+    """How many steps there will be, as far as that is known."""
+    if program.plan.known:
+        return str(program.steps)
+    assert isinstance(program.experiment, Pretrain)
+    return f"as many as ${program.experiment.budget_usd:g} pay for,"
 
 
 def _formula(program: Program, peak: Peak) -> str:

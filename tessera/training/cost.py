@@ -79,6 +79,11 @@ class RunningCost:
         return traffic_usd(sent, self._attempt.usd_per_gb_up)
 
     @property
+    def usd_per_hour(self) -> float | None:
+        """What an hour of this machine costs now."""
+        return self._attempt.usd_per_hour
+
+    @property
     def traffic_usd(self) -> float:
         """Dollars of the run's traffic up to now; 0 where it is not billed."""
         return self._traffic_before + traffic_usd(self._sent, self._attempt.usd_per_gb_up)

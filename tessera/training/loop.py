@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -26,59 +26,24 @@ from torch import Tensor
 
 from tessera.errors import DivergedError
 from tessera.evaluation.fixed import scorer
-from tessera.ledger.forecast import forecast
-from tessera.model.peak import Peak
-from tessera.runs import Attempt, Run
-from tessera.storage import Root
-from tessera.tracking.journal import Journal
+from tessera.experiment import Pretrain
+from tessera.ledger.pace import Pace
+from tessera.training.budget import BudgetKeeper, Recorded
 from tessera.training.checkpoint.fetch import Loaded
 from tessera.training.checkpoint.publish import guard_publication
 from tessera.training.checkpoint.saver import Saver
 from tessera.training.checkpoint.state import training_state
 from tessera.training.clock import SpanClock
-from tessera.training.cost import RunningCost
+from tessera.training.interval import Interval
 from tessera.training.optim import set_learning_rate
-from tessera.training.parallel import World, reporting_lost_peers
-from tessera.training.preemption import StopRequest
-from tessera.training.program import Prefetcher, Program, StepBatch
-from tessera.training.progress import ProgressLine, Standing
+from tessera.training.outlook import Outlook
+from tessera.training.parallel import reporting_lost_peers
+from tessera.training.program import Prefetcher, Program, StepBatch, compiles
+from tessera.training.progress import standing
 from tessera.training.replica import Replica
-from tessera.training.schedule import learning_rate
+from tessera.training.schedule import planned_rate
 from tessera.training.stability import Skips, Watch, mean_of_applied
-
-
-@dataclass
-class Session:
-    """What one attempt works with."""
-
-    root: Root
-    run: Run
-    attempt: Attempt
-    journal: Journal
-    line: ProgressLine
-    peak: Peak
-    stop: StopRequest
-    world: World
-
-
-@dataclass
-class _Interval:
-    """Since the last log point: the losses of the steps that were applied, and how fast they went.
-
-    Sum and count travel with a checkpoint, so that the mean at the next log point is the one of an
-    undisturbed run; the clock starts anew with each attempt and after a compilation.
-    """
-
-    loss: Tensor
-    applied: Tensor
-    timed_steps: int = 0
-    timed_tokens: int = 0
-    since: float = field(default_factory=time.monotonic)
-
-    def restart_clock(self) -> None:
-        """What came before does not count as speed."""
-        self.timed_steps = self.timed_tokens = 0
-        self.since = time.monotonic()
+from tessera.training.workplace import Session
 
 
 class Loop:
@@ -94,19 +59,26 @@ class Loop:
         skips: Skips,
         watch: Watch,
         loaded: Loaded | None = None,
+        recorded: Recorded | None = None,
     ) -> None:
-        """``loaded`` is the checkpoint whose tensors were restored; None at the very start."""
+        """``loaded`` is the checkpoint whose tensors were restored; None at the very start.
+
+        ``recorded`` is what was planned beyond it already, in a run that a budget ends.
+        """
         done, state = (loaded.ref.step, loaded.state) if loaded else (0, None)
         self.session = session
         self._s, self._program, self._replica = session, program, replica
         self._optimizer = optimizer
         self._experiment = program.experiment
-        self.done, self.tokens = done, int(state["tokens"]) if state else 0
+        self.done = self._began_at = done
+        self.tokens = int(state["tokens"]) if state else 0
         self.skips, self._watch = skips, watch
         self._compiles = compiles(program) or (program.fused and program.device.type == "cuda")
         self._clock = SpanClock(session.journal)
-        self._cost = RunningCost(session.run, session.attempt) if session.world.is_main else None
-        self._interval = self._fresh_interval()
+        cost_of, self._now = session.instruments.cost_of, session.instruments.clock
+        self._cost = cost_of(session.run, session.attempt) if session.world.is_main else None
+        self._interval = Interval.fresh(program.device, self._now)
+        self._pace = Pace()
         if state:
             self._interval.loss += state["interval"]["loss"]
             self._interval.applied += state["interval"]["applied"]
@@ -117,7 +89,10 @@ class Loop:
         )  # fmt: skip
         self._grad_norm: Tensor | None = None
         self._lr = 0.0
-        self._began, self._began_at = time.monotonic(), done
+        self.budget = self._keeper(recorded or Recorded())
+        self._outlook = Outlook(
+            program, session.attempt, self._pace, self._now, (state or {}).get("forecast")
+        )
 
     def run(self) -> int:
         """Train until the last step or a stop request; everything due is published on the way.
@@ -130,10 +105,14 @@ class Loop:
             with self._clock.filing("checkpoint"):
                 self.saver.prepare(self._tensors())
         self.saver.check_room(self._tensors())
+        if self.budget is not None:
+            self.budget.begin(self.done)
         if self.done == 0:
             self._evaluate_if_due()
         with reporting_lost_peers() if self._s.world.size > 1 else nullcontext():
             self._train()
+            if self.budget is not None and self.budget.stopped:
+                self._end_by_budget()
         if self._stopping() and self.done < self._program.steps:
             self._leave()
         else:
@@ -164,13 +143,30 @@ class Loop:
                     took = self._step(batch)
                     self._settle()
                 self._interval.restart_clock()
-                self._began, self._began_at = time.monotonic(), self.done
             else:
                 took = self._step(batch)
             if not took:
                 break
             first = False
             self._after_step()
+
+    def _end_by_budget(self) -> None:
+        """The money is gone: evaluate if that can be paid for, save, publish the model."""
+        assert self.budget is not None
+        if self.done == 0:
+            return  # nothing was trained
+        if self.done == self._began_at:
+            pass  # what is there was evaluated when it was saved
+        elif self.budget.pays_for_evaluation():
+            self._evaluate_if_due()
+        else:
+            self._s.line.say("the last evaluation is left out: the budget does not pay for it")
+        with self._clock.filing("checkpoint"):
+            self._settle()
+            self._clock.report(self.done)
+            deadline = time.monotonic() + self.budget.seconds_for_saving()
+            self.saver.save_last(self.done, self._tensors, self._state, deadline)
+        self._publish_if_due()
 
     def _stopping(self) -> bool:
         return self._s.world.any(self._s.stop.signal is not None)
@@ -191,7 +187,7 @@ class Loop:
     def _step(self, batch: StepBatch) -> bool:
         """One optimiser step; False if a stop request came between two micro-batches."""
         program, settings, world = self._program, self._experiment.optimizer, self._s.world
-        lr = learning_rate(self._experiment.schedule, settings.lr, self.done, program.steps)
+        lr = planned_rate(self._experiment.schedule, settings.lr, self.done, program.plan)
         set_learning_rate(self._optimizer, lr)
         total = torch.zeros((), device=program.device)
         for number, (inputs, targets) in enumerate(batch.micro, 1):
@@ -216,9 +212,13 @@ class Loop:
         return True
 
     def _after_step(self) -> None:
-        last = self.done == self._program.steps
-        if last or self.done % self._experiment.log_every_steps == 0:
+        if self.budget is not None and self.done < self._program.steps and self.budget.spent():
+            self.budget.stop(self.done)
+        if self.done == self._program.steps or self.done % self._experiment.log_every_steps == 0:
             self._log()
+        if self.budget is not None and self.budget.stopped:
+            return  # how such a run ends: _end_by_budget
+        last = self.done == self._program.steps
         self._evaluate_if_due()
         self._publish_if_due()
         if not last and self.saver.due(self.done):
@@ -268,34 +268,28 @@ class Loop:
         if usd is not None:
             journal.metric("cost/usd", usd, step)
         if interval.timed_steps:
-            self._show_speed(interval, loss, usd)
-        self._interval = self._fresh_interval()
+            elapsed = interval.seconds
+            self._pace.steps(interval.timed_steps, elapsed, self._program.steps - step)
+        if self.budget is not None:
+            self.budget.log_point(self.done)
+        if interval.timed_steps:
+            self._show_speed(interval.timed_tokens / elapsed, loss, usd)
+        self._interval = Interval.fresh(self._program.device, self._now)
         if note := self._replica.look_after():
             journal.event("precision/changed", step, reason=note)
             self._s.line.say(f"step {step}: {note}")
         self.skips.judge(self.done)
 
-    def _show_speed(self, interval: _Interval, loss: float, usd: float | None) -> None:
+    def _show_speed(self, speed: float, loss: float, usd: float | None) -> None:
         journal, step = self._s.journal, self.done
-        elapsed = time.monotonic() - interval.since
-        speed = interval.timed_tokens / elapsed
         peak = self._s.peak.flops * self._s.world.size
         mfu = self._program.flops_per_token * speed / peak
         journal.metric("train/tokens_per_s", speed, step)
         journal.metric("train/mfu", mfu, step)
-        ahead = forecast(
-            steps_left=self._program.steps - step,
-            # Wall time: evaluations and checkpoints to come cost as much as those so far.
-            seconds_per_step=(time.monotonic() - self._began) / (step - self._began_at),
-            usd_so_far=usd,
-            usd_per_hour=self._s.attempt.usd_per_hour,
-        )
-        self._s.line.show(
-            Standing(
-                step, self._program.steps, loss, speed, mfu, usd, ahead.seconds_left,
-                ahead.usd_at_end,
-            )
-        )  # fmt: skip
+        price = self._cost.usd_per_hour if self._cost else None
+        ahead = self._outlook.at(step, usd, price, self.budget)
+        self._outlook.record(journal, ahead, step)
+        self._s.line.show(standing(step, self._program.plan, loss, speed, mfu, usd, ahead))
 
     def _evaluate_if_due(self) -> None:
         if not self._program.evaluates_after(self.done):
@@ -303,7 +297,7 @@ class Loop:
         self._settle()
         with (
             self._clock.filing("evaluate"),
-            self._aside(),
+            self._aside("evaluate"),
             self._replica.evaluating() as model,
         ):
             score = scorer(model, self._program.compute_dtype)
@@ -318,7 +312,7 @@ class Loop:
             return
         self._settle()
         self._require_finite_weights()
-        with self._clock.filing("checkpoint"), self._aside():
+        with self._clock.filing("checkpoint"), self._aside("publish"):
             weights = self._replica.full_state()
 
             def publish() -> tuple[str, dict[str, Any]]:
@@ -331,7 +325,7 @@ class Loop:
     def _save(self) -> None:
         self._settle()
         self._require_finite_weights()
-        with self._clock.filing("checkpoint"), self._aside():
+        with self._clock.filing("checkpoint"), self._aside("checkpoint"):
             self.saver.save(self.done, self._tensors, self._state)
         self._clock.report(self.done)
 
@@ -355,44 +349,34 @@ class Loop:
                 "loss": float(self._interval.loss), "applied": float(self._interval.applied),
             },
             "samples": self.skips.state(),
-            "plan": {"steps": self._program.steps, "sized_by": "tokens"},
+            "plan": self._program.plan.state(),
             "ledger": {
                 "records": self._s.journal.written,
                 "usd": self._cost.usd() if self._cost else None,
             },
+            "forecast": self._outlook.state(),
             "micro_batch": self._program.micro_batch,
             "ranks": self._s.world.size,
         }  # fmt: skip
 
     # -- small things ----------------------------------------------------------------------------
 
-    def _fresh_interval(self) -> _Interval:
-        device = self._program.device
-        return _Interval(torch.zeros((), device=device), torch.zeros((), device=device))
+    def _keeper(self, recorded: Recorded) -> BudgetKeeper | None:
+        experiment, s = self._experiment, self._s
+        if not isinstance(experiment, Pretrain) or experiment.budget_usd is None:
+            return None
+        return BudgetKeeper(
+            self._program, experiment, s.attempt, s.journal, s.line, s.world, self._cost,
+            self._pace, self._now, recorded, remote=not s.root.is_local,
+        )  # fmt: skip
 
-    def _aside(self) -> _Aside:
-        return _Aside(self._interval)
-
-
-class _Aside:
-    """Time spent here is not training time of the interval's speed."""
-
-    def __init__(self, interval: _Interval) -> None:
-        self._interval = interval
-
-    def __enter__(self) -> None:
-        self._entered = time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        self._interval.since += time.monotonic() - self._entered
-
-
-def compiles(program: Program) -> bool:
-    """Whether the blocks are compiled: as the experiment says, ``auto`` meaning on a GPU.
-
-    Under autograd, that is; the fused operations are their own.
-    """
-    if program.fused:
-        return False
-    setting = program.experiment.compile
-    return setting == "on" or (setting == "auto" and program.device.type == "cuda")
+    @contextmanager
+    def _aside(self, kind: str) -> Iterator[None]:
+        """Time spent here is not training time of the interval's speed."""
+        entered = self._now()
+        try:
+            yield
+        finally:
+            took = self._now() - entered
+            self._interval.since += took
+            self._pace.aside(kind, took)

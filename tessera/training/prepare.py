@@ -19,10 +19,9 @@ from tessera.runs import Run, RunRecord, create_or_open, find_run
 from tessera.source import code_commit
 from tessera.storage import Root, canonical_json, sha256_bytes
 from tessera.training.fused import attention_backend, wants_fused
-from tessera.training.loop import compiles
 from tessera.training.parallel import World
-from tessera.training.pretrain import PretrainProgram
-from tessera.training.program import Program
+from tessera.training.pretrain import PretrainProgram, first_plan
+from tessera.training.program import Program, compiles
 from tessera.training.replica import FSDP, choose_strategy
 from tessera.training.sft import SftProgram
 
@@ -75,12 +74,27 @@ def prepare(
 
     run_record, created = world.run_on_main(record)
     program = built.program
+    experiment = program.experiment = _with_the_runs_budget(experiment, run_record)
+    if isinstance(experiment, Pretrain):
+        program.plan = first_plan(experiment)
     program.fused = fused
     if compiles(program):
         for block in program.model.blocks:
             block.compile()
     program.model.train()
     return Prepared(experiment, Run(root, run_record), created, program)
+
+
+def _with_the_runs_budget(experiment: Experiment, record: RunRecord) -> Experiment:
+    """``experiment`` with the budget that its run was started with, where it names none itself."""
+    if not isinstance(experiment, Pretrain) or experiment.budget_usd is not None:
+        return experiment
+    kept = (
+        ("budget_usd", "budget_reserve_usd")
+        if experiment.budget_reserve_usd is None
+        else ("budget_usd",)
+    )
+    return experiment.model_copy(update={key: record.experiment.get(key) for key in kept})
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from tessera.corpus.manifest import Manifest
 from tessera.corpus.tokenizer import Tokenizer
 from tessera.errors import InputError
 from tessera.evaluation.fixed import Scorer, evaluate_fixed, fixed_windows
-from tessera.experiment import Experiment, Model, Pretrain
+from tessera.experiment import Experiment, LinearDecay, Model, Pretrain
+from tessera.ledger.budget import OPEN, Plan
 from tessera.model.protogpt import ProtoGPT
 from tessera.model.shape import ModelShape, flops_per_token, training_memory
 from tessera.runs import Attempt, Run
@@ -25,6 +26,17 @@ from tessera.training.publish import publish_model
 def model_shape(model: Model) -> ModelShape:
     """The experiment's model section as sizes (``init_std`` is not one)."""
     return ModelShape(**model.model_dump(exclude={"init_std"}))
+
+
+def first_plan(experiment: Pretrain) -> Plan:
+    """Before anything is measured: the end by tokens, as far as those are given."""
+    if experiment.budget_usd is None:
+        return Plan.fixed(experiment.steps or OPEN)
+    if experiment.steps is None:
+        return Plan()
+    assert isinstance(experiment.schedule, LinearDecay)
+    warmup, fraction = experiment.schedule.warmup_steps, experiment.schedule.decay_fraction
+    return Plan().moved(0, experiment.steps, warmup, fraction)
 
 
 class PretrainProgram(Program):
@@ -49,7 +61,8 @@ class PretrainProgram(Program):
             )
         self.experiment, self.world = experiment, world
         self._sequence = experiment.sequence
-        self.steps = experiment.steps
+        self.plan = first_plan(experiment)
+        self.evaluates_every = experiment.evaluation.every_steps
         self.samples_per_step = experiment.batch.tokens_per_step // experiment.sequence
         if self.samples_per_step % world.size:
             raise InputError(
@@ -67,7 +80,7 @@ class PretrainProgram(Program):
             experiment.sequence,
             experiment.seed,
             manifest.fingerprint,
-            samples=self.steps * self.samples_per_step,
+            samples=experiment.steps and experiment.steps * self.samples_per_step,
         )
         try:
             self._fixed = fixed_windows(

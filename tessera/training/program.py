@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tessera.evaluation.fixed import Scorer
 from tessera.experiment import Experiment
+from tessera.ledger.budget import Plan
 from tessera.model.protogpt import ProtoGPT
 from tessera.runs import Attempt, Run
 from tessera.training.parallel import World
@@ -38,7 +39,10 @@ class Program(ABC):
     experiment: Experiment
     model: ProtoGPT
     trainable: dict[str, nn.Parameter]
-    steps: int
+    plan: Plan
+    """Where the training ends; where a budget ends it the loop moves it, on every rank alike."""
+    evaluates_every: int
+    """Steps between two evaluations."""
     samples_per_step: int
     micro_batch: int
     world: World
@@ -58,6 +62,11 @@ class Program(ABC):
     @abstractmethod
     def dummy(self, size: int) -> tuple[Tensor, Tensor]:
         """A micro-batch of ``size`` sequences as long as they come: (size, T) inputs, targets."""
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the whole training by the present plan."""
+        return self.plan.end_step
 
     @property
     def samples_per_rank(self) -> int:
@@ -130,3 +139,14 @@ class Prefetcher:
 
         threading.Thread(target=load, name="loader", daemon=True).start()
         return order
+
+
+def compiles(program: Program) -> bool:
+    """Whether the blocks are compiled: as the experiment says, ``auto`` meaning on a GPU.
+
+    Under autograd, that is; the fused operations are their own.
+    """
+    if program.fused:
+        return False
+    setting = program.experiment.compile
+    return setting == "on" or (setting == "auto" and program.device.type == "cuda")

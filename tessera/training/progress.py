@@ -13,21 +13,49 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from tessera.ledger.budget import Plan
+from tessera.ledger.forecast import Forecast
+
 PLAIN_EVERY_S = 5.0
 
 
 @dataclass(frozen=True)
 class Standing:
-    """What the line shows; dollars are None where no price is known."""
+    """What the line shows; dollars are None where no price is known.
+
+    ``steps`` and ``seconds_left`` are None while a budget's end is not planned yet;
+    ``usd_interval`` holds the dollars at the end in four of five runs.
+    """
 
     step: int
-    steps: int
+    steps: int | None
     loss: float
     tokens_per_s: float
     mfu: float
     usd: float | None
-    seconds_left: float
+    seconds_left: float | None
     usd_at_end: float | None
+    usd_interval: tuple[float, float] | None = None
+
+
+def standing(
+    step: int,
+    plan: Plan,
+    loss: float,
+    tokens_per_s: float,
+    mfu: float,
+    usd: float | None,
+    ahead: Forecast | None,
+) -> Standing:
+    """What there is to show; ``ahead`` is None while the end is not known."""
+    steps = plan.end_step if plan.known else None
+    if ahead is None:
+        return Standing(step, steps, loss, tokens_per_s, mfu, usd, None, None)
+    low, high = ahead.usd_low, ahead.usd_high
+    interval = None if low is None or high is None else (low, high)
+    return Standing(
+        step, steps, loss, tokens_per_s, mfu, usd, ahead.seconds_left, ahead.usd_at_end, interval
+    )
 
 
 def duration(seconds: float) -> str:
@@ -54,7 +82,7 @@ def dollars(usd: float | None) -> str:
 class ProgressLine:
     """A context manager that shows ``Standing``s on stderr."""
 
-    def __init__(self, title: str, steps: int, *, quiet: bool = False) -> None:
+    def __init__(self, title: str, *, quiet: bool = False) -> None:
         self._console = Console(stderr=True, quiet=quiet)
         self._title, self._last = title, -PLAIN_EVERY_S
         self._bar: Progress | None = None
@@ -63,10 +91,10 @@ class ProgressLine:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=8),
-                TextColumn("{task.completed}/{task.total} {task.fields[text]}"),
+                TextColumn("{task.fields[at]} {task.fields[text]}"),
                 console=self._console,
             )
-            self._task = self._bar.add_task(title, total=steps, text="starting")
+            self._task = self._bar.add_task(title, total=None, at="", text="starting")
 
     def __enter__(self) -> ProgressLine:
         if self._bar is not None:
@@ -93,15 +121,27 @@ class ProgressLine:
 
     def show(self, at: Standing) -> None:
         """Refresh the line."""
+        at_step = f"{at.step}/{'?' if at.steps is None else at.steps}"
+        left = "?" if at.seconds_left is None else duration(at.seconds_left)
         text = (
             f"loss {at.loss:.3f}  {at.tokens_per_s:,.0f} tok/s  "
-            f"{dollars(at.usd)} of {dollars(at.usd_at_end)}, {duration(at.seconds_left)} left  "
+            f"{dollars(at.usd)}, {at_the_end(at)}, {left} left  "
             f"MFU {at.mfu:.1%}"  # last: what a narrow terminal cuts off
         )
         if self._bar is not None:
-            self._bar.update(self._task, completed=at.step, text=text)
+            self._bar.update(self._task, completed=at.step, total=at.steps, at=at_step, text=text)
             return
         now = time.monotonic()
         if now - self._last >= PLAIN_EVERY_S or at.step == at.steps:
             self._last = now
-            self.say(f"step {at.step}/{at.steps}  {text}")
+            self.say(f"step {at_step}  {text}")
+
+
+def at_the_end(at: Standing) -> str:
+    """Such as ``$315 at the end (80 %: 305-327)``."""
+    if at.usd_interval is None or at.usd_at_end is None:
+        return f"{dollars(at.usd_at_end)} at the end"
+    low, high = at.usd_interval
+    if low >= 100:  # cents say nothing any more
+        return f"${at.usd_at_end:,.0f} at the end (80 %: {low:,.0f}-{high:,.0f})"
+    return f"{dollars(at.usd_at_end)} at the end (80 %: {dollars(low)[1:]}-{dollars(high)[1:]})"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from tessera.experiment import Cosine, LinearDecay
+from tessera.ledger.budget import Plan
 
 
 def learning_rate(schedule: Cosine | LinearDecay, peak: float, step: int, steps: int) -> float:
@@ -29,3 +30,15 @@ def learning_rate(schedule: Cosine | LinearDecay, peak: float, step: int, steps:
         return peak
     progress = min(1.0, (step - start) / max(last - start, 1))
     return peak + (schedule.final_lr - peak) * progress
+
+
+def planned_rate(schedule: Cosine | LinearDecay, peak: float, step: int, plan: Plan) -> float:
+    """Learning rate of step ``step`` (0-based) of a run whose end may move (see ``Plan``).
+
+    Where the end does not move it is ``learning_rate``.
+    """
+    if plan.sized_by != "budget":
+        return learning_rate(schedule, peak, step, plan.end_step)
+    if step < schedule.warmup_steps:
+        return peak * (step + 1) / schedule.warmup_steps
+    return peak + (schedule.final_lr - peak) * (1.0 - plan.share(step))

@@ -21,12 +21,14 @@ from tessera.runs import Attempt, Ending, Run
 from tessera.storage import Root
 from tessera.tracking.journal import adopt
 from tessera.training.attempt import Start, Trainer
+from tessera.training.budget import recorded_plans, require_payable
 from tessera.training.checkpoint.fetch import Loaded, fetch_checkpoint, remove_finished
 from tessera.training.parallel import World, join, leave
 from tessera.training.preemption import StopRequest, listening
 from tessera.training.prepare import Prepared, prepare
 from tessera.training.progress import ProgressLine
 from tessera.training.resume import exclusions, lost_work, passed_over
+from tessera.training.workplace import REAL, Instruments
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,11 @@ def train(
     run_id: str | None = None,
     new: bool = False,
     quiet: bool = False,
+    instruments: Instruments = REAL,
 ) -> Result:
     """Train, or continue, the run of ``experiment``; ``place`` says where and at what price.
+
+    ``instruments`` are what time and money are read from.
 
     Raises ``TesseraError`` subclasses, whose ``exit_code`` is the command's; a stop by signal is a
     ``Result`` with 75. Under torchrun every worker calls this.
@@ -55,6 +60,7 @@ def train(
     stop = StopRequest(experiment.preemption.grace_s)
     with listening(stop):
         require_the_rented_gpu(os.environ)
+        require_payable(experiment, place, root)
         world = join()
         prepared = prepare(experiment, root, world, run_id, new)
         run = prepared.run
@@ -67,7 +73,8 @@ def train(
             return Result(run, 0, text)
         again = f"`--run-id {run.id}`" if new or run_id else "the same command"
         try:
-            ending = _train(prepared, root, world, place, stop, again, quiet)
+            require_payable(prepared.experiment, place, root)
+            ending = _train(prepared, root, world, place, stop, again, quiet, instruments)
         finally:
             prepared.program.close()
         leave(world)
@@ -98,12 +105,14 @@ def _train(
     stop: StopRequest,
     again: str,
     quiet: bool,
+    instruments: Instruments,
 ) -> Ending:
     run, program = prepared.run, prepared.program
-    with ProgressLine(run.id, program.steps, quiet=quiet or not world.is_main) as line:
+    with ProgressLine(run.id, quiet=quiet or not world.is_main) as line:
         trainer = Trainer(
-            prepared.experiment, root, run, prepared.created, program, world, line, stop
-        )
+            prepared.experiment, root, run, prepared.created, program, world, line, stop,
+            instruments,
+        )  # fmt: skip
         while True:
             start = _start(run, world)
             attempt = world.run_on_main(partial(_record, run, place, start, stop))
@@ -123,7 +132,8 @@ def _start(run: Run, world: World) -> Start:
         loaded, notes = fetch_checkpoint(run, local=world.local_size == world.size)
         ranges, count = exclusions(run, loaded.ref if loaded else None)
         lost = lost_work(run, loaded.ref.step if loaded else 0)
-        return Start(loaded, notes, adopted, lost, ranges, count)
+        recorded = recorded_plans(run, loaded.ref if loaded else None)
+        return Start(loaded, notes, adopted, lost, ranges, count, recorded)
 
     start = world.run_on_main(find)
     if start.loaded is not None and world.local_rank == 0 and not world.is_main:

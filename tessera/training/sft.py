@@ -16,6 +16,7 @@ from tessera.errors import InputError
 from tessera.evaluation.fixed import Scorer, mean_loss
 from tessera.evaluation.weights import Base
 from tessera.experiment import Sft
+from tessera.ledger.budget import Plan
 from tessera.model.lora import add_lora
 from tessera.model.loss import IGNORE
 from tessera.model.shape import flops_per_token, parameters, training_memory
@@ -111,7 +112,8 @@ class SftProgram(Program):
         size = experiment.batch.micro_batch
         self.micro_batch = 1 if size == "auto" else size
         self.steps_per_epoch = -(-len(self.examples) // self._per_step)
-        self.steps = self.steps_per_epoch * experiment.epochs
+        self.evaluates_every = self.steps_per_epoch
+        self.plan = Plan.fixed(self.steps_per_epoch * experiment.epochs)
         self.model = base.model
         lora = experiment.lora
         add_lora(self.model, lora.rank, lora.alpha, experiment.seed, lora.targets)

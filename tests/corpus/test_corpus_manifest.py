@@ -19,6 +19,7 @@ from tessera.corpus.manifest import (
     read_local_manifest,
     resolve,
 )
+from tessera.corpus.recipe import recipe_for
 from tessera.corpus.report import unigram_entropy
 from tessera.corpus.shards import open_shard, write_shard
 from tessera.corpus.verify import verify, verify_manifest
@@ -79,9 +80,23 @@ def test_builds_are_resolved_by_prefix(manifest: Manifest, write_recipe: Write, 
 
 
 def test_nothing_built_says_what_to_run(root: Root) -> None:
-    with pytest.raises(InputError, match=r"tessera corpus build data_manifests/other\.yaml"):
+    with pytest.raises(InputError, match=r"tessera corpus build RECIPE --root"):
         resolve(root, "other")
     assert find_builds(root, "other") == []
+
+
+def test_the_recipe_of_a_corpus_is_found_by_its_name_not_its_file_s(
+    tmp_path: Path, root: Root, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "data_manifests"
+    folder.mkdir()
+    (folder / "a_damaged.yaml").write_text("name: [")
+    (folder / "novels_ja_en.yaml").write_text("name: novels-ja-en\n")
+    assert recipe_for("novels-ja-en", folder) == (folder / "novels_ja_en.yaml").as_posix()
+    assert recipe_for("novels", folder) == "RECIPE"
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"build data_manifests/novels_ja_en\.yaml --root"):
+        resolve(root, "novels-ja-en")
 
 
 def test_a_changed_manifest_is_refused(manifest: Manifest, root: Root, tmp_path: Path) -> None:

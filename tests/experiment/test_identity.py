@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tessera.experiment import Pretrain, dump, parse_experiment
 from tests.experiment.conftest import PRETRAIN, SFT, changed, leaves
 
+_LINEAR = {"name": "linear_decay", "warmup_steps": 2}
 _FREE: list[tuple[dict[str, Any], str, Any]] = [
     (PRETRAIN, "name", "other"),
     (PRETRAIN, "description", "words"),
@@ -32,6 +33,8 @@ _FREE: list[tuple[dict[str, Any], str, Any]] = [
     (PRETRAIN | {"kernels": "fused"}, "attention", "cudnn"),
     (PRETRAIN, "price", {"usd_per_hour": 9.0, "usd_per_gb_up": 0.02, "note": "much"}),
     (PRETRAIN, "data.fingerprint", "abcd"),
+    (PRETRAIN | {"schedule": _LINEAR}, "budget_usd", 315.0),
+    (PRETRAIN | {"schedule": _LINEAR}, "budget_reserve_usd", 1.0),
     (SFT, "base", "base-1234abcd"),
     (SFT, "batch.micro_batch", 1),
     (SFT, "batch.micro_batch", "auto"),

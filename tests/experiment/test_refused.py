@@ -74,6 +74,16 @@ _REFUSED: list[tuple[dict[str, Any], str, Any, str, str]] = [
     (PRETRAIN, "kernels", "fast", "kernels", "'fused' or 'torch'"),
     (PRETRAIN, "attention", "cudnn", "attention", "set kernels: fused too, or leave attention at"),
     (PRETRAIN, "parallel", False, "parallel", "false is no value"),
+    (PRETRAIN, "tokens", ..., "tokens", "a cosine needs the tokens of the whole run"),
+    (PRETRAIN, "budget_usd", 5, "budget_usd", "set schedule to {name: linear_decay"),
+    (PRETRAIN, "budget_usd", 0, "budget_usd", "greater than 0"),
+    (PRETRAIN, "budget_usd", -3, "budget_usd", "greater than 0"),
+    (PRETRAIN, "budget_usd", float("nan"), "budget_usd", "finite"),
+    (PRETRAIN, "budget_usd", float("inf"), "budget_usd", "finite"),
+    (PRETRAIN, "budget_usd", "cheap", "budget_usd", "'cheap'"),
+    (PRETRAIN, "budget_usd", True, "budget_usd", "true is no value"),
+    (PRETRAIN, "budget_reserve_usd", 0, "budget_reserve_usd", "greater than 0"),
+    (SFT, "budget_usd", 5, "budget_usd", "not a known key"),
     (PRETRAIN, "price", {"usd_per_hour": 1, "usd_per_gb_up": -1}, "price.usd_per_gb_up", "to 0"),
 ]  # fmt: skip
 

@@ -25,6 +25,17 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     A catalog without a checksum beside it counts as edited by hand and is never fetched again. The
     proxy is a port that nothing listens on, so that a request which we overlooked fails at once.
     """
+    return ask("plan_tasks.py", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The answers of `plan_commands.py`: `tessera plan` and `launch` on stock SkyPilot."""
+    return ask("plan_commands.py", tmp_path_factory)
+
+
+def ask(program: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the program writes, run in a HOME with seeded catalogs and without a network."""
     home = tmp_path_factory.mktemp("skypilot")
     (home / ".sky").mkdir()
     (home / ".sky" / "config.yaml").write_text(CONFIG)
@@ -43,12 +54,12 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "HTTPS_PROXY": dead_proxy,
     }
     done = subprocess.run(
-        [sys.executable, str(HERE / "plan_tasks.py"), str(REPOSITORY), str(answers)],
+        [sys.executable, str(HERE / program), str(REPOSITORY), str(answers)],
         cwd=REPOSITORY,
         env=environment,
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=120,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     fetched = list(home.rglob("*.md5"))

@@ -62,16 +62,29 @@ class Basis:
         experiment = self.experiment
         speed = experiment.batch.tokens_per_step / step_s
         floor = self.floor(float8)
-        hours = experiment.tokens / speed / 3600
         price = self.price.usd_per_hour
+        hours, usd = _hours_and_usd(experiment, speed, price)
         flops = flops_per_token(self.shape, experiment.sequence)
         return {
             "tokens_per_s": speed,
             "mfu": flops * speed / self.peak.flops,
             "ceiling_fraction": None if floor is None else floor.total_s / step_s,
             "hours": hours,
-            "usd": None if price is None else hours * price,
+            "usd": usd,
         }
+
+
+def _hours_and_usd(
+    experiment: Pretrain, tokens_per_s: float, usd_per_hour: float | None
+) -> tuple[float | None, float | None]:
+    """What the run takes: its tokens, or its budget, whichever ends first; None: not known."""
+    tokens, budget = experiment.tokens, experiment.budget_usd
+    ends = [] if tokens is None else [tokens / tokens_per_s / 3600]
+    if budget is not None and usd_per_hour:
+        ends.append(budget / usd_per_hour)
+    if not ends:
+        return None, None
+    return min(ends), None if usd_per_hour is None else min(ends) * usd_per_hour
 
 
 def opening(basis: Basis, source: str, data: str, card: Card, quick: bool) -> Document:
@@ -91,6 +104,7 @@ def opening(basis: Basis, source: str, data: str, card: Card, quick: bool) -> Do
             "vocab_size": model.vocab_size,
             "sequence": experiment.sequence,
             "tokens": experiment.tokens,
+            "budget_usd": experiment.budget_usd,
             "tokens_per_step": experiment.batch.tokens_per_step,
             "micro_batch": experiment.batch.micro_batch,
             "precision": experiment.precision,
@@ -193,7 +207,7 @@ def _settings(basis: Basis, row: Measured) -> dict[str, Any]:
 
 def _reference(experiment: Pretrain) -> Document | None:
     """The reference run for as many tokens; None for a model of another shape."""
-    if not is_reference(experiment):
+    if not is_reference(experiment) or experiment.tokens is None:
         return None
     share = experiment.tokens / REFERENCE_TOKENS
     return {

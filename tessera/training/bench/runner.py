@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from tessera.experiment import Pretrain
+from tessera.ledger.budget import OPEN
 from tessera.model.fused.attention import choose_backend
 from tessera.model.loss import summed_cross_entropy
 from tessera.model.probe import Stopwatch
@@ -76,7 +77,7 @@ class StepRunner:
         self._optimizer = self.replica.optimizer(experiment.optimizer)
         allocate_moments(self.replica.trainable, self._optimizer)
         self._watch = Watch(experiment.stability, device)
-        self._steps = max(1, experiment.steps)
+        self._steps = max(1, experiment.steps or OPEN)
         self._divisor = experiment.batch.tokens_per_step
         self._done = 0
         self.micro_batch = self._choose_micro_batch()

@@ -1,0 +1,243 @@
+"""``tessera configure``: ask once for root, keys, MLflow and prices, try each, write one file."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tessera.cli.common import epilog, json_option, print_json
+from tessera.cloud.credentials import (
+    SETTINGS,
+    Setting,
+    env_file,
+    read_settings,
+    write_settings,
+)
+
+_NONE = "-"  # as an answer: no value
+
+
+@dataclass(frozen=True)
+class Check:
+    """What trying a setting came to; ``ok`` is None for what is told and does not count."""
+
+    name: str
+    ok: bool | None
+    text: str
+
+
+def _options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """An option for each setting."""
+    for setting in reversed(SETTINGS):
+        told = f"{setting.question}; {setting.variable}."
+        command = click.option(
+            f"--{setting.option}", setting.variable.lower(), metavar="VALUE", help=told
+        )(command)
+    return command
+
+
+@click.command(
+    epilog=epilog(
+        "tessera configure",
+        "tessera configure --from-env",
+        "tessera configure --root s3://bucket/tessera --usd-per-hour 1.91",
+        "tessera configure --check",
+    )
+)
+@_options
+@click.option("--from-env", is_flag=True, help="Take every variable that is set; ask nothing.")
+@click.option("--check", is_flag=True, help="Only try again what is written.")
+@click.option("--no-check", is_flag=True, help="Write without trying anything.")
+@json_option
+def configure(from_env: bool, check: bool, no_check: bool, as_json: bool, **options: Any) -> int:
+    """Ask for root, keys, MLflow and prices; try each; write ~/.tessera/env for you alone.
+
+    What is not answered keeps its value; the answer - removes it. With options or --from-env
+    nothing is asked. A secret given as an option is seen by who lists your processes: prefer
+    --from-env. The vast.ai key is not among them: `vastai set api-key` keeps that one.
+
+    Exit codes: 0 written, or all checks passed; 2 something cannot be used, and nothing was
+    written.
+    """
+    from tessera.errors import InputError
+
+    path = env_file()
+    before = read_settings(path)
+    given = {name.upper(): value for name, value in options.items() if value is not None}
+    if check and (given or from_env or no_check):
+        raise InputError("--check tries what is written already; give it no other option.")
+    if check and not before:
+        raise InputError(f"{path} holds nothing to check; run `tessera configure`.")
+    if check:
+        values = before
+    elif given or from_env:
+        values = _merged(before, {**(_set_variables() if from_env else {}), **given})
+    else:
+        values = _merged(before, _ask(before))
+    validate(values)
+    checks = [] if no_check else run_checks(values)
+    failed = [item for item in checks if item.ok is False]
+    written = not check and not failed
+    if written:
+        write_settings(path, values)
+    _tell(checks, path, written, values, as_json)
+    if failed:
+        names = " and ".join(item.name for item in failed)
+        wrote = "" if check else f" and {path} was not written (--no-check would)"
+        raise InputError(f"The check of {names} failed{wrote}; put right what is said above.")
+    return 0
+
+
+def _set_variables() -> dict[str, str]:
+    return {s.variable: os.environ[s.variable] for s in SETTINGS if os.environ.get(s.variable)}
+
+
+def _merged(before: Mapping[str, str], answers: Mapping[str, str]) -> dict[str, str]:
+    """The answers over what was there; ``-`` and nothing remove a value."""
+    values = {**before, **{name: answer.strip() for name, answer in answers.items()}}
+    return {name: value for name, value in values.items() if value not in ("", _NONE)}
+
+
+def _ask(before: Mapping[str, str]) -> dict[str, str]:
+    from tessera.errors import InputError
+
+    click.echo("Return keeps what stands in brackets, - removes it.", err=True)
+    try:
+        return {setting.variable: _answer(setting, before) for setting in SETTINGS}
+    except click.Abort:
+        if sys.stdin.isatty():
+            raise
+        raise InputError(
+            "There is nobody to ask here; give the answers as options, or as variables with "
+            "--from-env."
+        ) from None
+
+
+def _answer(setting: Setting, before: Mapping[str, str]) -> str:
+    old = before.get(setting.variable, "")
+    shown = f" [{'kept' if setting.secret else old}]" if old else ""
+    answer: str = click.prompt(
+        f"{setting.question}{shown}",
+        default=old,
+        show_default=False,
+        hide_input=setting.secret,
+        err=True,
+    )
+    return answer
+
+
+def validate(values: Mapping[str, str]) -> None:
+    """Refuse, before anything is tried, what cannot be right; ``InputError`` names the option."""
+    from tessera.errors import InputError
+    from tessera.ledger.prices import (
+        DOWN_VARIABLE,
+        PRICE_VARIABLE,
+        UP_VARIABLE,
+        choose_price,
+        choose_traffic_price,
+    )
+
+    root = values.get("TESSERA_ROOT", "")
+    if "://" not in root:
+        given = f"{root!r} is a folder of this machine" if root else "No root was given"
+        raise InputError(
+            f"{given}; a rented machine needs one that it can reach: --root s3://bucket/prefix."
+        )
+    missing = [
+        setting.option
+        for setting in SETTINGS
+        if setting.variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+        and root.startswith(("s3://", "s3a://"))
+        and not values.get(setting.variable)
+    ]
+    if missing:
+        raise InputError(
+            f"A rented machine cannot open {root} without {' and '.join(missing)}: answer that "
+            "question, or set the variable and use --from-env."
+        )
+    choose_price(variable=values.get(PRICE_VARIABLE))
+    choose_traffic_price(variable=values.get(UP_VARIABLE), name=UP_VARIABLE)
+    choose_traffic_price(variable=values.get(DOWN_VARIABLE), name=DOWN_VARIABLE)
+
+
+def run_checks(values: Mapping[str, str]) -> list[Check]:
+    """Use the root, MLflow and the vast.ai key, each by itself."""
+    from tessera.cloud.probe import variables
+
+    ours: dict[str, str | None] = {s.variable: values.get(s.variable) for s in SETTINGS}
+    # A profile of this machine, or a session of it, would not be there on the rented one.
+    ours |= {"AWS_PROFILE": None, "AWS_SESSION_TOKEN": None, "AWS_ENDPOINT_URL_S3": None}
+    checks = []
+    with variables(ours):
+        checks.append(_try("root", lambda: _root(values["TESSERA_ROOT"])))
+    if uri := values.get("MLFLOW_TRACKING_URI"):
+        checks.append(_try("MLflow", lambda: _mlflow(uri, values)))
+    checks.append(_try("vast.ai", _vast, counts=False))
+    return checks
+
+
+def _try(name: str, work: Callable[[], str], *, counts: bool = True) -> Check:
+    from tessera.errors import TesseraError
+
+    try:
+        return Check(name, True if counts else None, work())
+    except TesseraError as error:
+        return Check(name, False if counts else None, str(error))
+
+
+def _root(url: str) -> str:
+    from tessera.cloud.probe import clock_named, probe_root
+
+    found = probe_root(url)
+    ahead = found.clock_ahead_s
+    clock = "" if not ahead else f"; this machine's clock {clock_named(ahead)} its own"
+    return (
+        f"{url}: {found.size / 1e6:.1f} MB written at {found.write_bytes_per_s / 1e6:,.1f} MB/s, "
+        f"read back at {found.read_bytes_per_s / 1e6:,.1f} MB/s and removed, "
+        f"{found.latency_s * 1e3:,.0f} ms a listing{clock}."
+    )
+
+
+def _mlflow(uri: str, values: Mapping[str, str]) -> str:
+    from tessera.cloud.probe import probe_mlflow
+
+    name = values.get("MLFLOW_TRACKING_USERNAME", "")
+    version = probe_mlflow(uri, name, values.get("MLFLOW_TRACKING_PASSWORD", ""))
+    return f"{uri}: MLflow {version} answers." if version else f"{uri} is no server: not asked."
+
+
+def _vast() -> str:
+    from tessera.cloud.vast import VastClient, find_key
+
+    if find_key() is None:
+        return "no key here; to rent there, `vastai set api-key KEY`."
+    with VastClient(tries=2, patience_s=10.0) as client:
+        client.user()
+    return "the key works."
+
+
+def _tell(
+    checks: list[Check], path: Path, written: bool, values: Mapping[str, str], as_json: bool
+) -> None:
+    if as_json:
+        names = [s.variable for s in SETTINGS if s.variable in values]
+        document = {
+            "file": str(path),
+            "written": written,
+            "variables": names,
+            "checks": [asdict(item) for item in checks],
+        }
+        print_json(document)
+        return
+    for item in checks:
+        sign = {True: "ok  ", False: "FAIL", None: "    "}[item.ok]
+        click.echo(f"{sign} {item.name}: {item.text}")
+    if written:
+        click.echo(f"Wrote {path}, which only you can read. Next: sky check, then")
+        click.echo("sky launch -c smoke sky/smoke_cpu.yaml")

@@ -1,0 +1,310 @@
+"""A run that a budget ends: where its end is, decided on rank 0 at log points and followed by all.
+
+    log point -> dollars so far, price, seconds a step -> the steps that the rest pays for
+              -> far enough from the plan? then a new one: journal, next checkpoint, learning rate
+    any step  -> the line reached (budget minus reserve)? then the run ends here
+
+An attempt that continues takes the checkpoint's plan. Where the attempt before it had got further,
+the plans that it recorded on the way hold again at their steps, so that the same steps are computed
+with the same learning rates; from there on it decides by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+from tessera.errors import DamagedError, InputError
+from tessera.experiment import Experiment, LinearDecay, Pretrain
+from tessera.ledger.budget import Budget, Plan, closing_usd
+from tessera.ledger.forecast import Forecast
+from tessera.ledger.pace import Pace
+from tessera.model.shape import parameters
+from tessera.runs import Attempt, CheckpointRef, Run
+from tessera.storage import Root
+from tessera.tracking.journal import Journal, read_journal
+from tessera.training.cost import RunningCost
+from tessera.training.parallel import World
+from tessera.training.pretrain import model_shape
+from tessera.training.program import Program
+from tessera.training.progress import ProgressLine, dollars
+
+PLANNED, STOPPED = "budget/planned", "budget/stopped"
+LOCAL = "local"
+MEASURED = 2
+"""Log intervals that a plan needs: the first of an attempt is slower than the others."""
+CHECKPOINT_BYTES, MODEL_BYTES = 12, 4  # a parameter: weights and two moments; the published weights
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What an attempt that was cut off had decided beyond the checkpoint, up to step ``upto``."""
+
+    plans: Mapping[int, Plan] = field(default_factory=dict)
+    upto: int = 0
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a decision rests on, as rank 0 sees it; ``usd_per_step`` is None before it is known."""
+
+    usd: float
+    usd_per_hour: float
+    seconds_per_step: float | None
+    usd_per_step: float | None
+
+
+class BudgetKeeper:
+    """Keeps one attempt of a budget-sized run within its budget; every rank has one."""
+
+    def __init__(
+        self,
+        program: Program,
+        experiment: Pretrain,
+        attempt: Attempt,
+        journal: Journal,
+        line: ProgressLine,
+        world: World,
+        cost: RunningCost | None,
+        pace: Pace,
+        clock: Callable[[], float],
+        recorded: Recorded,
+        remote: bool,
+    ) -> None:
+        """``cost`` is rank 0's; ``remote``: uploads leave this machine, so their traffic counts."""
+        assert experiment.budget_usd is not None
+        assert isinstance(experiment.schedule, LinearDecay)
+        self._program, self._experiment, self._attempt = program, experiment, attempt
+        self._journal, self._line, self._world = journal, line, world
+        self._cost, self._pace, self._clock, self._recorded = cost, pace, clock, recorded
+        self._gb_up = attempt.usd_per_gb_up if remote else 0.0
+        self._usd, self._schedule = experiment.budget_usd, experiment.schedule
+        self._deadline = float("inf")
+        self.stopped = ""
+
+    @property
+    def every(self) -> dict[str, int]:
+        """Steps between two evaluations and between two saves."""
+        return every_steps(self._program)
+
+    def begin(self, done: int) -> None:
+        """Before the first step: a run that has spent its money ends at once."""
+        self._look(done, self._world.run_on_main(self._facts))
+
+    def log_point(self, done: int) -> None:
+        """Follow the plan that was recorded for here, or make one; journal what changes."""
+        facts = self._world.run_on_main(self._facts)
+        self._look(done, facts)
+        if done >= self._program.steps:
+            return
+        if done <= self._recorded.upto:
+            plan = self._recorded.plans.get(done, self._program.plan)
+        else:
+            plan = self._world.broadcast(self._decide(done, facts) if self._world.is_main else None)
+        if plan != self._program.plan:
+            self._take(done, plan, facts)
+
+    def spent(self) -> bool:
+        """Whether the line is reached, by the price of the last log point; asked at every step."""
+        return self._world.any(self._clock() >= self._deadline)
+
+    def stop(self, done: int) -> None:
+        """End the run here."""
+        self._stop(done, self._world.run_on_main(self._facts))
+
+    def pays_for_evaluation(self) -> bool:
+        """Whether one more evaluation still leaves what the end of the run takes."""
+
+        def pays() -> bool:
+            facts = self._facts()
+            seconds = self._pace.seconds_of("evaluate")
+            if seconds is None:  # never measured: as slow as training on these tokens, three times
+                tokens = self._experiment.evaluation.tokens
+                share = tokens / self._experiment.batch.tokens_per_step
+                seconds = share * (facts.seconds_per_step or 0.0)
+            due = seconds * facts.usd_per_hour / 3600 + self._closing_usd(facts.usd_per_hour)
+            return facts.usd + due <= self._usd
+
+        return self._world.run_on_main(pays)
+
+    def bounded(self, found: Forecast, usd_per_hour: float) -> Forecast:
+        """A forecast, knowing that the end moves with the money; rank 0's."""
+        limit, budget = self._experiment.steps, self._budget(usd_per_hour)
+        if limit is not None and self._program.steps >= limit:  # tokens end it, as far as one sees
+            return found.within(0.0, budget.line_usd)
+        return found.within(budget.aim_usd, budget.line_usd)
+
+    def seconds_for_saving(self) -> float:
+        """How long the last save and its upload may take: half of the reserve."""
+
+        def seconds() -> float:
+            facts = self._facts()
+            half = self._budget(facts.usd_per_hour).reserve_usd / 2
+            return half / facts.usd_per_hour * 3600 if facts.usd_per_hour > 0 else 600.0
+
+        return self._world.run_on_main(seconds)
+
+    # -- rank 0 ----------------------------------------------------------------------------------
+
+    def _facts(self) -> Facts:
+        assert self._cost is not None
+        usd, price = self._cost.usd(), self._cost.usd_per_hour
+        if usd is None or price is None:
+            raise InputError(_no_price(self._usd))
+        seconds = self._pace.seconds_per_step(self.every)
+        if seconds is None:
+            return Facts(usd, price, None, None)
+        saved = CHECKPOINT_BYTES * self._parameters / 1e9 * self._gb_up
+        traffic = saved / self._experiment.checkpoint.every_steps
+        return Facts(usd, price, seconds, seconds * price / 3600 + traffic)
+
+    @property
+    def _parameters(self) -> int:
+        return parameters(model_shape(self._experiment.model))
+
+    def _closing_usd(self, usd_per_hour: float) -> float:
+        return closing_usd(
+            usd_per_hour,
+            rented=self._attempt.provider != LOCAL,
+            upload_bytes=(CHECKPOINT_BYTES + MODEL_BYTES) * self._parameters,
+            usd_per_gb_up=self._gb_up,
+        )
+
+    def _budget(self, usd_per_hour: float) -> Budget:
+        reserve = self._experiment.budget_reserve_usd
+        return Budget(self._usd, self._closing_usd(usd_per_hour) if reserve is None else reserve)
+
+    def _decide(self, done: int, facts: Facts) -> Plan:
+        now = self._program.plan
+        if facts.usd_per_step is None or self._pace.seen < MEASURED:
+            return now
+        budget = self._budget(facts.usd_per_hour)
+        last = (self._pace.seconds_of("evaluate") or 0.0) * facts.usd_per_hour / 3600
+        end = done + budget.steps_left(facts.usd + last, facts.usd_per_step)
+        end = min(max(end, done + 1), self._experiment.steps or end)
+        warmup, fraction = self._schedule.warmup_steps, self._schedule.decay_fraction
+        plan = now.moved(done, end, warmup, fraction)
+        return plan if now.differs(plan, done) else now
+
+    # -- every rank ------------------------------------------------------------------------------
+
+    def _look(self, done: int, facts: Facts) -> None:
+        """Stop if the line is reached; else note when it will be."""
+        left = self._budget(facts.usd_per_hour).line_usd - facts.usd
+        if left <= 0 and done < self._program.steps:
+            self._stop(done, facts)
+        elif facts.usd_per_hour > 0:
+            self._deadline = self._clock() + left / facts.usd_per_hour * 3600
+
+    def _stop(self, done: int, facts: Facts) -> None:
+        budget = self._budget(facts.usd_per_hour)
+        self.stopped = (
+            f"{dollars(facts.usd)} of the budget of {dollars(budget.usd)} are spent and "
+            f"{dollars(budget.reserve_usd)} are kept back for the end"
+        )
+        self._journal.event(
+            STOPPED, done, usd_so_far=facts.usd, budget_usd=budget.usd,
+            reserve_usd=budget.reserve_usd, planned_end=self._program.steps,
+        )  # fmt: skip
+        self._line.say(f"{self.stopped}: stopping at step {done}")
+        self._take(done, replace(self._program.plan, end_step=done), facts)
+
+    def _take(self, done: int, plan: Plan, facts: Facts) -> None:
+        first = not self._program.plan.known
+        self._program.plan = plan
+        if done == plan.end_step and not self.stopped:
+            self.stopped = "the attempt before had reached the end of the budget here"
+        self._journal.event(
+            PLANNED, done, end_step=plan.end_step, decay_start=plan.decay_start, level=plan.level,
+            usd_so_far=facts.usd, usd_per_hour=facts.usd_per_hour,
+            seconds_per_step=facts.seconds_per_step,
+            reserve_usd=self._budget(facts.usd_per_hour).reserve_usd,
+            followed=done <= self._recorded.upto,
+        )  # fmt: skip
+        if first:
+            self._line.say(_sentence(done, plan, facts, self._budget(facts.usd_per_hour)))
+
+
+def _sentence(done: int, plan: Plan, facts: Facts, budget: Budget) -> str:
+    seconds = facts.seconds_per_step or 0.0
+    return (
+        f"step {done}: {dollars(budget.usd)} pay for {plan.end_step} steps of {seconds:.3g} s at "
+        f"${facts.usd_per_hour:g}/h, the learning rate falls from step {plan.decay_start} on; "
+        f"{dollars(budget.reserve_usd)} are kept back"
+    )
+
+
+def every_steps(program: Program) -> dict[str, int]:
+    """How many steps lie between two evaluations and between two saves."""
+    checkpoint = program.experiment.checkpoint
+    saved = checkpoint.every_steps
+    if checkpoint.local_every_steps is not None:
+        saved = min(saved, checkpoint.local_every_steps)
+    return {"evaluate": program.evaluates_every, "checkpoint": saved}
+
+
+def plan_of(state: Mapping[str, object], ref: CheckpointRef) -> Plan:
+    """The plan in a checkpoint of a budget-sized run."""
+    try:
+        return Plan.of(state)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedError(f"The checkpoint {ref.name} holds no plan of a budget.") from error
+
+
+def recorded_plans(run: Run, ref: CheckpointRef | None) -> Recorded:
+    """What attempts that went on from ``ref`` (None: from the start) had decided beyond it.
+
+    Of several the one that got furthest. One whose further steps a rollback gave up says nothing:
+    the run takes another way from ``ref`` on.
+    """
+    if run.record.experiment.get("budget_usd") is None:
+        return Recorded()
+    step = ref.step if ref else 0
+    rollbacks, found = run.rollbacks(), Recorded()
+    for attempt in run.attempts():
+        if attempt.resumed_from != ref and (ref is None or attempt.id != ref.attempt):
+            continue
+        if any(r.gives_up(CheckpointRef(step + 1, attempt.id)) for r in rollbacks):
+            continue
+        plans, reached = {}, 0
+        for record in read_journal(run, attempt.id):
+            if record.step > step and record.key == "progress/tokens":
+                reached = max(reached, record.step)
+            if record.step > step and record.key == PLANNED:
+                plans[record.step] = Plan.of({"steps": record.value["end_step"], **record.value})
+        if reached > found.upto:
+            found = Recorded(plans, reached)
+    return found
+
+
+def require_payable(experiment: Experiment, place: Attempt, root: Root) -> None:
+    """Raise ``InputError`` where a budget cannot work: no price, a price of nothing, too little."""
+    if not isinstance(experiment, Pretrain) or experiment.budget_usd is None:
+        return
+    budget, price = experiment.budget_usd, place.usd_per_hour
+    if price is None:
+        raise InputError(_no_price(budget))
+    if price == 0 and experiment.tokens is None:
+        raise InputError(
+            f"At $0 an hour ({place.price_source}) a budget of ${budget:g} never ends; give the "
+            "price of this machine in TESSERA_USD_PER_HOUR, or tokens."
+        )
+    reserve = experiment.budget_reserve_usd or closing_usd(
+        price,
+        rented=place.provider != LOCAL,
+        upload_bytes=(CHECKPOINT_BYTES + MODEL_BYTES) * parameters(model_shape(experiment.model)),
+        usd_per_gb_up=0.0 if root.is_local else place.usd_per_gb_up,
+    )
+    if reserve >= budget:
+        raise InputError(
+            f"Nothing can be trained for a budget of ${budget:g} at ${price:g} an hour: "
+            f"{dollars(reserve)} are kept back for the last save and the minutes until the machine "
+            "is down; raise the budget, or lower budget_reserve_usd."
+        )
+
+
+def _no_price(budget: float) -> str:
+    return (
+        f"A budget of ${budget:g} needs to know what an hour costs, and nobody told the price of "
+        "this machine; set TESSERA_USD_PER_HOUR to it, or price.usd_per_hour in the experiment."
+    )

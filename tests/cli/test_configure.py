@@ -1,0 +1,154 @@
+"""``tessera configure`` against a store that checks signatures: options, variables, answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from tessera.cli.main import tessera
+from tessera.cloud.credentials import read_settings
+from tessera.errors import InputError
+from tests.services.stores import Store, serve
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+    """rclone: it verifies signatures."""
+    with serve("rclone", tmp_path_factory.mktemp("rclone")) as store:
+        yield store
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("TESSERA_ENV_FILE")
+    return tmp_path / ".tessera" / "env"
+
+
+def run(*arguments: str, answers: str | None = None) -> tuple[int, str]:
+    """Exit code and all that is shown; an InputError is 2 and its sentence."""
+    result = CliRunner().invoke(
+        tessera, ["configure", *arguments], input=answers, standalone_mode=False
+    )
+    if isinstance(result.exception, InputError):
+        return 2, f"{result.output}{result.exception}"
+    if result.exception is not None:
+        raise result.exception
+    return int(result.return_value or 0), result.output
+
+
+def test_variables_are_tried_and_written_and_never_shown(
+    bucket: Store, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in bucket.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TESSERA_ROOT", bucket.url("configure"))
+    code, shown = run("--from-env", "--usd-per-hour", "1.91")
+    assert code == 0, shown
+    assert "ok   root:" in shown
+    assert "MB/s" in shown
+    assert "no key here" in shown
+    assert bucket.secret_key not in shown
+    assert bucket.access_key not in shown
+    written = read_settings(home)
+    assert written["AWS_SECRET_ACCESS_KEY"] == bucket.secret_key
+    assert written["TESSERA_USD_PER_HOUR"] == "1.91"
+    assert run("--usd-per-hour", "2.5", "--json", "--no-check")[0] == 0
+    assert read_settings(home) == {**written, "TESSERA_USD_PER_HOUR": "2.5"}
+    assert run("--usd-per-hour", "-")[0] == 0
+    assert "TESSERA_USD_PER_HOUR" not in read_settings(home)
+    # Its own values are tried again, not those of this shell.
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another-secret-of-mine")
+    code, shown = run("--check", "--json")
+    assert code == 0
+    document = json.loads(shown)
+    assert document["checks"][0]["ok"] is True
+    assert not document["written"]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--secret-access-key", "not-the-secret-key", "does not belong to the access key id"),
+        ("--access-key-id", "not-the-access-key-id", "does not know this access key id"),
+        ("--root", "s3://no-such-bucket/x", "there is no such bucket"),
+        ("--endpoint", "http://127.0.0.1:9", "is the endpoint right"),
+        ("--mlflow-uri", "http://127.0.0.1:9", "does not answer"),
+        ("--root", "folder", "a rented machine needs one that it can reach"),
+        ("--usd-per-hour", "many", "expected US dollars an hour"),
+        ("--usd-per-gb-up", "-1", "expected US dollars for 10^9 bytes"),
+        ("--access-key-id", "-", "without access-key-id"),
+    ],
+)
+def test_what_cannot_be_used_is_named_and_not_written(
+    bucket: Store, home: Path, monkeypatch: pytest.MonkeyPatch, option: str, value: str, said: str
+) -> None:
+    for name, text in bucket.environment().items():
+        monkeypatch.setenv(name, text)
+    monkeypatch.setenv("TESSERA_ROOT", bucket.url("configure"))
+    code, shown = run("--from-env", option, value)
+    assert code == 2
+    assert said in shown
+    assert bucket.secret_key not in shown
+    assert "not-the-" not in shown
+    assert not home.exists()
+
+
+def test_questions_are_answered_once_and_kept(bucket: Store, home: Path) -> None:
+    environment = bucket.environment()
+    answers = [
+        bucket.url("asked"), environment["AWS_ENDPOINT_URL"], "us-east-1", bucket.access_key,
+        bucket.secret_key, "", "", "", "1.5", "", "",
+    ]  # fmt: skip
+    code, shown = run(answers="\n".join(answers) + "\n")
+    assert code == 0, shown
+    assert bucket.secret_key not in shown
+    first = read_settings(home)
+    assert first["TESSERA_ROOT"] == bucket.url("asked")
+    code, shown = run(answers="\n" * 8 + "-\n\n\n")
+    assert code == 0, shown
+    assert bucket.secret_key not in shown
+    assert "[kept]" in shown
+    assert read_settings(home) == {k: v for k, v in first.items() if k != "TESSERA_USD_PER_HOUR"}
+
+
+def test_nobody_to_ask_nothing_to_check_and_two_things_at_once(home: Path) -> None:
+    assert "There is nobody to ask here" in run(answers="")[1]
+    assert "nothing to check; run `tessera configure`" in run("--check")[1]
+    assert "give it no other option" in run("--check", "--from-env")[1]
+    assert not home.exists()
+
+
+def test_the_written_root_is_the_default_of_the_commands(
+    bucket: Store, home: Path, tmp_path: Path
+) -> None:
+    home.parent.mkdir(mode=0o700)
+    lines = {**bucket.environment(), "TESSERA_ROOT": bucket.url("default")}
+    home.write_text("".join(f"{name}='{value}'\n" for name, value in lines.items()))
+
+    def command(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "tessera", "corpus", "list", *arguments],
+            env={
+                "HOME": str(tmp_path), "PATH": os.environ["PATH"],
+                "PYTHONPATH": os.environ.get("PYTHONPATH", ""), "AWS_CONFIG_FILE": os.devnull,
+                **environ,
+            },
+            cwd=tmp_path, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    assert bucket.url("default") in command().stdout
+    assert bucket.url("default") not in command("--root", str(tmp_path)).stdout
+    assert bucket.url("default") not in command(TESSERA_ROOT=str(tmp_path)).stdout
+    home.write_text("AWS_SECRET_ACCESS_KEY='half\n")
+    damaged = command()
+    assert damaged.returncode == 2
+    assert "damaged in line 1" in damaged.stderr
+    assert "half" not in damaged.stderr

@@ -1,0 +1,416 @@
+"""A launch that starts, that does not, that is interrupted: what is recorded and what still bills.
+
+SkyPilot itself is not here: ``Renter``, the boundary through which a launch uses it, is played by
+``Pretend``, which rents rows at a pretend vast.ai as SkyPilot would (label ``<name>-<user>-head``).
+The client, the HTTP, the search for what still bills and its end are real. Stock SkyPilot plans
+such tasks in tests/sky, and launches them for real in tests/lab.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tessera.cloud.cards import card_named
+from tessera.cloud.launch import (
+    Order,
+    check,
+    cluster_name,
+    costs,
+    launch,
+    require_settings,
+    run_id_of,
+    stop,
+)
+from tessera.cloud.plan import make_plan
+from tessera.cloud.rent import is_labelled
+from tessera.cloud.skypilot import TaskFile
+from tessera.cloud.speeds import shipped
+from tessera.errors import ConflictError, InputError, RetryElsewhereError
+from tessera.experiment import load_experiment
+from tessera.runs import Attempt, Ending, create_or_open
+from tessera.storage import Root, open_root
+from tests.cloud.offered import H100, H200, other
+from tests.services.vast import PretendVast
+
+REPOSITORY = Path(__file__).parents[2]
+KEY = "5ecret-of-the-account"
+NAME = "tessera-1b-00c0ffee"
+
+
+class AsIsOrder(Order):
+    """An order whose task is not made: that takes SkyPilot, seconds to import."""
+
+    def task(self) -> Any:
+        return {"envs": self.envs()}
+
+
+@dataclass
+class Pretend:
+    """SkyPilot, played: it rents one row at the pretend vast.ai, unless told to fail."""
+
+    vast: PretendVast
+    fails: BaseException | None = None
+    fails_after_renting: BaseException | None = None
+    down_fails: Exception | None = None
+    code: int = 0
+    follow_raises: BaseException | None = None
+    status: str | None = None
+    task: Any = None
+    ended: int = 0
+
+    def rent(self, label: str) -> int:
+        headers = {"Authorization": f"Bearer {KEY}"}
+        url = f"{self.vast.url}/api/v0/asks/101/"
+        return int(httpx.put(url, json={"label": label}, headers=headers).json()["new_contract"])
+
+    def exists(self, name: str, managed: bool) -> str | None:
+        return self.status
+
+    def start(self, task: Any, name: str, managed: bool) -> int | None:
+        self.task = task
+        if self.fails:
+            raise self.fails
+        job = "-7" if managed else ""
+        self.rent(f"{name}{job}-1a2b3c4d-head")
+        if self.fails_after_renting:
+            raise self.fails_after_renting
+        return 7 if managed else 1
+
+    def follow(self, name: str, job: int | None, managed: bool) -> int:
+        if self.follow_raises:
+            raise self.follow_raises
+        return self.code
+
+    def end(self, name: str, managed: bool) -> None:
+        self.ended += 1
+        if self.down_fails:
+            raise self.down_fails
+        for number, row in list(self.vast.instances.items()):
+            if is_labelled(row["label"], name, managed):
+                headers = {"Authorization": f"Bearer {KEY}"}
+                httpx.request(
+                    "DELETE", f"{self.vast.url}/api/v0/instances/{number}/", headers=headers
+                )
+
+
+@pytest.fixture
+def vast(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendVast]:
+    with PretendVast() as server:
+        monkeypatch.setenv("VAST_URL", server.url)
+        monkeypatch.setenv("VAST_API_KEY", KEY)
+        yield server
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Root:
+    (tmp_path / "root").mkdir()
+    return open_root(str(tmp_path / "root"))
+
+
+def order(**changes: Any) -> Order:
+    settings = load_experiment(REPOSITORY / "experiments" / "tessera_1b.yaml")
+    plan = make_plan(settings, [H100, H200, other(H100, usd_per_hour=2.5, region="X")], shipped())
+    given: dict[str, Any] = {
+        "experiment": "experiments/tessera_1b.yaml",
+        "overrides": ("tokens=65536", "description=two words"),
+        "run_id": NAME,
+        "name": NAME,
+        "file": TaskFile(REPOSITORY / "sky" / "pretrain_h100.yaml"),
+        "line": plan.lines[0],
+        "alternatives": tuple(line.offer for line in plan.lines),
+        "card": None,
+        "budget_usd": 250.0,
+        "managed": False,
+        "root_url": "s3://bucket/x",
+    }
+    return AsIsOrder(**{**given, **changes})
+
+
+def records(root: Root, kind: str = ".json") -> list[dict[str, Any]]:
+    names = [n for n in root.children("launches") if n.endswith(".end.json") == (kind != ".json")]
+    return [root.read_json(f"launches/{name}") for name in names]
+
+
+def test_a_job_that_is_done_leaves_a_record_and_no_machine(vast: PretendVast, root: Root) -> None:
+    said: list[str] = []
+    assert launch(order(), root, Pretend(vast), said.append, wait_s=0) == 0
+    assert vast.instances == {}
+    (record,) = records(root)
+    assert record["run_id"] == record["name"] == NAME
+    assert record["offer"]["instance_type"] == "1x-H100_SXM-32-65536"
+    assert record["catalog_usd_per_hour"] == 1.87
+    assert record["budget_usd"] == 250.0
+    assert record["may_rent"] == [["Vast", "1x-H100_SXM-32-65536"]]
+    assert record["command"].startswith(f"sky launch -c {NAME} ")
+    (end,) = records(root, ".end.json")
+    assert (end["outcome"], end["may_bill"]) == ("done", [])
+    assert said[-1].endswith("nothing of it bills any more.")
+
+
+def test_what_the_job_is_handed(vast: PretendVast, root: Root) -> None:
+    renter = Pretend(vast)
+    launch(order(card=card_named("H200")), root, renter, lambda _: None, wait_s=0)
+    assert renter.task["envs"] == {
+        "TESSERA_EXPERIMENT": "experiments/tessera_1b.yaml",
+        "TESSERA_SET": "tokens=65536 'description=two words'",
+        "TESSERA_RUN_ID": NAME,
+        "TESSERA_CATALOG_USD_PER_HOUR": "1.87",
+        "TESSERA_BUDGET_USD": "250",
+        "TESSERA_GPU": "H200",
+    }
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_what_did_not_start_leaves_nothing_that_bills(
+    vast: PretendVast, root: Root, after: bool
+) -> None:
+    error = RuntimeError("Failed to provision:\nno machine answered")
+    fault = {"fails_after_renting" if after else "fails": error}
+    with pytest.raises(RetryElsewhereError) as caught:
+        launch(order(), root, Pretend(vast, **fault), lambda _: None, wait_s=0)  # type: ignore[arg-type]
+    sentence = str(caught.value)
+    assert sentence == (
+        f"{NAME} did not start (Failed to provision); nothing of it is left that bills."
+    )
+    assert vast.instances == {}
+    assert len(vast.bill()) == int(after)
+    (end,) = records(root, ".end.json")
+    assert (end["outcome"], end["reason"]) == ("not started", "Failed to provision")
+
+
+def test_a_machine_that_skypilot_lost_is_found_by_its_label_and_ended(
+    vast: PretendVast, root: Root
+) -> None:
+    """SkyPilot fails twice, to start and to take down; others' machines are left alone."""
+    renter = Pretend(
+        vast, fails_after_renting=RuntimeError("no ssh"), down_fails=RuntimeError("no record")
+    )
+    others = [renter.rent(f"{NAME}2-1a2b3c4d-head"), renter.rent("mine")]
+    with pytest.raises(RetryElsewhereError, match="nothing of it is left that bills"):
+        launch(order(), root, renter, lambda _: None, wait_s=0)
+    assert sorted(vast.instances) == others
+
+
+def test_a_machine_that_cannot_be_ended_is_named_with_its_price(
+    vast: PretendVast, root: Root, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PretendVast, "_end", lambda self, number: None)  # "success", and it stays
+    renter = Pretend(vast, fails_after_renting=RuntimeError("no ssh"))
+    with pytest.raises(RetryElsewhereError) as caught:
+        launch(order(), root, renter, lambda _: None, wait_s=0)
+    (number,) = vast.instances
+    sentence = str(caught.value)
+    assert f"instance {number} ({NAME}-1a2b3c4d-head) is still there and bills $1.87/h" in sentence
+    assert "https://cloud.vast.ai/instances/" in sentence
+    (end,) = records(root, ".end.json")
+    assert str(number) in end["may_bill"][0]
+
+
+@pytest.mark.parametrize("fault", ["500", "403"])
+def test_a_provider_that_does_not_answer_is_not_taken_for_empty(
+    vast: PretendVast, root: Root, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tessera.cloud.vast._WAIT", lambda state: 0.0)
+    vast.fault(fault, times=99, path="/api/v1/instances")
+    with pytest.raises(RetryElsewhereError) as caught:
+        launch(order(), root, Pretend(vast, fails=RuntimeError("x")), lambda _: None, wait_s=0)
+    assert f"Whether vast.ai still bills for {NAME} is not known" in str(caught.value)
+    assert "https://cloud.vast.ai/instances/" in str(caught.value)
+    assert KEY not in str(caught.value)
+
+
+def test_without_a_key_nobody_can_make_sure(
+    vast: PretendVast, root: Root, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("VAST_API_KEY")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(RetryElsewhereError, match=r"no vast\.ai key here to make sure"):
+        launch(order(), root, Pretend(vast, fails=RuntimeError("x")), lambda _: None, wait_s=0)
+
+
+def test_ctrl_c_while_it_starts_gives_the_machine_back(vast: PretendVast, root: Root) -> None:
+    said: list[str] = []
+    renter = Pretend(vast, fails_after_renting=KeyboardInterrupt())
+    assert launch(order(), root, renter, said.append, wait_s=0) == 130
+    assert vast.instances == {}
+    assert said[-1] == "Stopped before it ran; nothing of it is left that bills."
+
+
+def test_ctrl_c_while_following_says_what_goes_on_costing(vast: PretendVast, root: Root) -> None:
+    said: list[str] = []
+    renter = Pretend(vast, follow_raises=KeyboardInterrupt())
+    assert launch(order(), root, renter, said.append, wait_s=0) == 130
+    assert len(vast.instances) == 1
+    assert "$2.05/h (at most $4.50/h)" in said[-1]
+    assert f"`tessera launch --stop {NAME}` or `sky down {NAME}`" in said[-1]
+    assert f"`sky logs {NAME}`" in said[-1]
+
+
+def test_a_log_that_breaks_off_is_not_the_end_of_the_job(vast: PretendVast, root: Root) -> None:
+    renter = Pretend(vast, follow_raises=ConnectionError("reset by peer"))
+    with pytest.raises(
+        RetryElsewhereError, match=r"reset by peer\), the job did not\. .*\$2\.05/h"
+    ):
+        launch(order(), root, renter, lambda _: None, wait_s=0)
+    assert len(vast.instances) == 1
+
+
+def test_detached(vast: PretendVast, root: Root) -> None:
+    said: list[str] = []
+    renter = Pretend(vast, follow_raises=AssertionError("nobody follows"))
+    assert launch(order(), root, renter, said.append, detach=True, wait_s=0) == 0
+    assert said == [costs(order())]
+
+
+@pytest.mark.parametrize("code", [2, 3, 75, None])
+def test_a_failed_job_ends_with_the_trainer_s_code_and_keeps_its_machine_for_a_look(
+    vast: PretendVast, root: Root, code: int | None
+) -> None:
+    """None: it never came to an attempt, such as on a wrong GPU; another machine may help."""
+    if code is not None:
+        _attempt(root, ended_at=time.time() + 60, exit_code=code)
+        _attempt(root, ended_at=time.time() - 3600, exit_code=1)  # of an earlier launch
+    said: list[str] = []
+    renter = Pretend(vast, code=100)
+    expected = 75 if code is None else code
+    assert launch(order(), root, renter, said.append, wait_s=0) == expected
+    assert len(vast.instances) == 1
+    assert f"`tessera launch --stop {NAME}` ends it now" in said[-1]
+
+
+def _attempt(root: Root, *, ended_at: float, exit_code: int) -> None:
+    settings = load_experiment(REPOSITORY / "experiments" / "tessera_1b.yaml")
+    run, _ = create_or_open(root, settings, fingerprint="f" * 64, data={}, run_id=NAME)
+    machine = Attempt(
+        number=0, token="", started_at=0.0, provider="vast", instance="C.1", host="h",
+        device="NVIDIA H100 80GB HBM3", devices=1, usd_per_hour=2.0, price_source="provider",
+        billed_from=0.0, billed_from_source="provider",
+    )  # fmt: skip
+    attempt = run.start_attempt(machine, None)
+    run.end_attempt(attempt, Ending("FAILED", exit_code, ended_at, 10))
+
+
+def test_a_managed_job_may_rent_wherever_the_plan_found_something(
+    vast: PretendVast, root: Root
+) -> None:
+    managed = order(managed=True)
+    assert [(o.provider, o.instance_type) for o in managed.rented] == [
+        ("Vast", "1x-H100_SXM-32-65536"), ("RunPod", "1x_H200_SECURE"),
+    ]  # fmt: skip
+    renter = Pretend(vast, fails_after_renting=RuntimeError("x"), down_fails=RuntimeError("y"))
+    with pytest.raises(RetryElsewhereError, match="nothing of it is left"):
+        launch(managed, root, renter, lambda _: None, wait_s=0)
+    assert vast.instances == {}
+    assert "sky jobs logs" in costs(managed)
+    assert f"--stop {NAME} --managed" in costs(managed)
+
+
+def test_a_plain_launch_stays_with_what_was_agreed_to() -> None:
+    assert {o.provider for o in order().rented} == {"Vast"}
+
+
+# -- refused before anything is rented -------------------------------------------------------------
+
+
+def test_a_cluster_of_that_name_is_not_touched(vast: PretendVast, root: Root) -> None:
+    renter = Pretend(vast, status="UP")
+    with pytest.raises(ConflictError, match=rf"{NAME} is there already \(UP\) and may bill"):
+        check(order(), root, renter)
+    assert renter.ended == 0
+    assert records(root) == []
+
+
+def test_a_provider_that_is_not_enabled(vast: PretendVast, root: Root) -> None:
+    line = order().line
+    disabled = replace(line, offer=replace(line.offer, enabled=False))
+    with pytest.raises(InputError, match="sky check vast"):
+        check(order(line=disabled), root, Pretend(vast))
+
+
+def test_a_finished_run_is_not_paid_for_again(vast: PretendVast, root: Root) -> None:
+    settings = load_experiment(REPOSITORY / "experiments" / "tessera_1b.yaml")
+    _attempt(root, ended_at=time.time(), exit_code=0)
+    run, _ = create_or_open(root, settings, fingerprint="f" * 64, data={}, run_id=NAME)
+    run.end_attempt(run.attempts()[0], Ending("FINISHED", 0, time.time(), 10))
+    with pytest.raises(ConflictError, match="is finished"):
+        check(order(), root, Pretend(vast))
+
+
+def test_a_skypilot_that_does_not_answer_rents_nothing(vast: PretendVast, root: Root) -> None:
+    renter = Pretend(vast)
+    renter.exists = lambda name, managed: 1 / 0  # type: ignore[assignment,method-assign,return-value]
+    with pytest.raises(RetryElsewhereError, match="nothing was rented"):
+        check(order(), root, renter)
+
+
+def test_stop_makes_sure(vast: PretendVast) -> None:
+    renter = Pretend(vast, down_fails=RuntimeError("no cluster record"))
+    renter.rent(f"{NAME}-1a2b3c4d-head")
+    with pytest.raises(RetryElsewhereError, match=r"SkyPilot could not take .* down"):
+        stop(NAME, False, renter, between_s=0)  # gone at vast.ai; elsewhere nobody knows
+    assert vast.instances == {}
+    stop(NAME, False, Pretend(vast), between_s=0)
+
+
+# -- names and settings ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("label", "managed", "ours"),
+    [
+        (f"{NAME}-1a2b3c4d-head", False, True),
+        (f"{NAME}-1a2b3c4d-worker", False, True),
+        (f"{NAME}-7-1a2b3c4d-head", False, False),  # a managed job of the same name
+        (f"{NAME}-7-1a2b3c4d-head", True, True),
+        (f"{NAME}-1a2b3c4d-head", True, False),
+        (f"{NAME}-x-1a2b3c4d-head", False, False),
+        (f"x{NAME}-1a2b3c4d-head", False, False),
+        ("", False, False),
+    ],
+)
+def test_whose_machine_a_label_names(label: str, managed: bool, ours: bool) -> None:
+    assert is_labelled(label, NAME, managed) is ours
+
+
+def test_labels_of_long_names_are_those_that_skypilot_makes() -> None:
+    """Compared with SkyPilot's own functions in tests/sky."""
+    long = "an-experiment-with-a-long-name-00c0ffee"
+    assert is_labelled(f"{long}-1a2b3c4d-head", long, False)
+    assert is_labelled("an-experiment-with-a-l-x9-12-1a2b3c4d-head", long, True)
+    assert not is_labelled("an-experiment-with-b-l-x9-12-1a2b3c4d-head", long, True)
+
+
+def test_the_run_s_id_is_the_one_that_training_computes(root: Root) -> None:
+    settings = load_experiment(REPOSITORY / "experiments" / "tessera_1b.yaml")
+    fingerprint = "0123456789abcdef" * 4
+    run, _ = create_or_open(root, settings, fingerprint=fingerprint, data={})
+    assert run_id_of(settings, fingerprint, gpu=True) == run.id
+    auto = load_experiment(REPOSITORY / "experiments" / "smoke.yaml")
+    on_cpu, on_gpu = (run_id_of(auto, fingerprint, gpu=gpu) for gpu in (False, True))
+    assert on_cpu != on_gpu  # `auto` comes to float32 or to bf16, which is part of the identity
+    assert run_id_of(auto, None, gpu=True) == run_id_of(auto, None, gpu=True)
+
+
+@pytest.mark.parametrize(
+    ("run_id", "name"), [("a.b_c-1", "a-b-c-1"), ("1b-0a", "t-1b-0a"), ("x-", "x")]
+)
+def test_a_cluster_s_name(run_id: str, name: str) -> None:
+    assert cluster_name(run_id) == name
+
+
+def test_a_launch_needs_what_configure_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "env"
+    monkeypatch.setenv("TESSERA_ENV_FILE", str(path))
+    with pytest.raises(InputError, match="run `tessera configure` once"):
+        require_settings()
+    path.write_text("TESSERA_ROOT='s3://b/p'\n")
+    assert require_settings() == {"TESSERA_ROOT": "s3://b/p"}

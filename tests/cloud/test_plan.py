@@ -1,0 +1,143 @@
+"""What a run comes to on an offer, against figures worked out by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tessera.cloud.offers import Offer
+from tessera.cloud.plan import Corpus, Plan, Work, make_plan
+from tessera.cloud.speeds import shipped
+from tessera.experiment import Pretrain, load_experiment
+from tests.cloud.offered import H100, H200, other
+
+REPOSITORY = Path(__file__).parents[2]
+TOKENS = 24_504_827_904
+PARAMETERS = 1_013_024_256
+GB = 10**9
+
+
+def reference(*overrides: str) -> Pretrain:
+    found = load_experiment(REPOSITORY / "experiments" / "tessera_1b.yaml", overrides)
+    assert isinstance(found, Pretrain)
+    return found
+
+
+def planned(*offers: Offer, corpus: Corpus | None = None, budget: float | None = None) -> Plan:
+    return make_plan(reference(), offers, shipped(), corpus=corpus, budget_usd=budget)
+
+
+def test_every_part_of_a_total() -> None:
+    """One H100 SXM at $2.00 an hour, $0.05 of disk, 1 cent a GB up, 2 cents down."""
+    (line,) = planned(H100, corpus=Corpus("c", TOKENS, 40 * GB)).lines
+    hours = TOKENS / 74739 / 3600
+    saves = (TOKENS // 65536) // 2000
+    up = saves * 12 * PARAMETERS + 4 * PARAMETERS
+    assert saves == 186
+    assert line.hours == pytest.approx(hours)
+    assert line.machine_usd == pytest.approx(hours * 2.0)
+    assert line.storage_usd == pytest.approx(hours * 0.05)
+    # 40 GB fit in 32 GiB of cache? No: they come down once an epoch, and this is one epoch.
+    assert line.traffic_usd == pytest.approx(40 * 0.02 + up / GB * 0.01)
+    assert line.total_usd == pytest.approx(hours * 2.05 + 0.8 + up / GB * 0.01)
+    assert line.whole
+
+
+def test_shards_come_once_if_the_cache_holds_them_and_every_epoch_if_not() -> None:
+    fits = Work.of(reference(), Corpus("c", TOKENS // 10, 5 * GB))
+    assert fits.epochs == pytest.approx(10)
+    assert fits.down_bytes == 5 * GB
+    large = Work.of(reference(), Corpus("c", TOKENS // 10, 50 * GB))
+    assert large.down_bytes == pytest.approx(500 * GB)
+    part = Work.of(reference(), Corpus("c", TOKENS * 10, 490 * GB))
+    assert part.down_bytes == pytest.approx(49 * GB)  # a tenth of the corpus is ever asked for
+
+
+def test_a_resume_fetches_the_state_and_what_the_cache_held() -> None:
+    work = Work.of(reference(), Corpus("c", TOKENS // 10, 5 * GB))
+    assert work.resume_bytes == 12 * PARAMETERS + 5 * GB
+    assert work.steps_at_risk == 1000
+    (line,) = planned(H100, corpus=Corpus("c", TOKENS // 10, 5 * GB)).lines
+    again = 1000 * 65536 / 74739 / 3600 * 2.05
+    assert line.loss_usd == pytest.approx(again + work.resume_bytes / GB * 0.02)
+
+
+def test_the_cheapest_total_comes_first_not_the_cheapest_hour() -> None:
+    slow = other(H100, gpu="H100 PCIe", usd_per_hour=1.7)
+    plan = planned(slow, H200, H100)
+    assert [line.offer.gpu for line in plan.lines] == ["H100 SXM", "H100 PCIe", "H200"]
+    totals = [line.total_usd for line in plan.lines]
+    assert totals == sorted(totals, key=lambda total: total or 0)
+
+
+def test_an_unmeasured_card_comes_last_without_a_figure() -> None:
+    free = other(H100, gpu="RTX 5090", usd_per_hour=0.01)
+    plan = planned(free, H100)
+    last = plan.lines[-1]
+    assert last.offer.gpu == "RTX 5090"
+    assert (last.hours, last.machine_usd, last.total_usd, last.loss_usd) == (None,) * 4
+    assert last.speed.how == "not measured"
+
+
+def test_what_the_provider_does_not_tell_is_left_out_and_marked() -> None:
+    (line,) = planned(other(H100, usd_per_gb_up=None, storage_usd_per_hour=None)).lines
+    assert (line.traffic_usd, line.storage_usd) == (None, None)
+    assert line.total_usd == line.machine_usd
+    assert not line.whole
+
+
+def test_a_budget_buys_whole_steps_and_no_more_than_it_pays_for() -> None:
+    (line,) = planned(H100, corpus=Corpus("c", TOKENS, 20 * GB), budget=100.0).lines
+    assert line.budget_tokens is not None
+    assert line.budget_tokens % 65536 == 0
+    assert line.total_usd is not None
+    down = 20 * 0.02
+    share = (100.0 - down) / (line.total_usd - down)
+    assert line.budget_tokens == pytest.approx(share * TOKENS, abs=65536)
+    (poor,) = planned(H100, corpus=Corpus("c", TOKENS, 20 * GB), budget=0.1).lines
+    assert poor.budget_tokens == 0
+
+
+def test_two_machines_cost_twice_and_fetch_twice() -> None:
+    one = other(H200, gpus=2, usd_per_gb_down=0.02)
+    two = other(one, gpus=1, nodes=2)
+    single, pair = (planned(o, corpus=Corpus("c", TOKENS, 20 * GB)).lines[0] for o in (one, two))
+    assert single.hours == pair.hours == pytest.approx(TOKENS / 127910 / 3600)
+    assert single.machine_usd is not None
+    assert pair.machine_usd == pytest.approx(2 * single.machine_usd)
+    assert single.traffic_usd is not None
+    assert pair.traffic_usd == pytest.approx(single.traffic_usd + 20 * 0.02)
+
+
+def test_a_corpus_that_is_far_too_small_is_said() -> None:
+    plan = planned(H100, corpus=Corpus("novels-ja-en", 36_000_000, 72_000_000))
+    (sentence,) = [note for note in plan.notes if "epochs" in note]
+    assert "36M tokens" in sentence
+    assert "24.5B" in sentence
+    assert "681 epochs" in sentence
+    enough = planned(H100, corpus=Corpus("c", TOKENS, 49 * GB))
+    assert not [note for note in enough.notes if "epochs" in note]
+
+
+def test_a_projection_stands_beside_what_was_published_for_the_card() -> None:
+    (sentence,) = [note for note in planned(H100).notes if "reference run" in note]
+    assert "46,700" in sentence
+    assert "145.8 h" in sentence
+
+
+def test_fine_tuning_has_prices_and_no_total() -> None:
+    sft = load_experiment(REPOSITORY / "experiments" / "tessera_1b_sft.yaml")
+    plan = make_plan(sft, [H200, H100], shipped())
+    assert [line.offer.gpu for line in plan.lines] == ["H100 SXM", "H200"]  # by price an hour
+    assert all(line.total_usd is None for line in plan.lines)
+    assert any("not been measured" in note for note in plan.notes)
+
+
+def test_the_cheapest_that_can_be_launched() -> None:
+    unlaunchable = other(H100, usd_per_hour=0.5, instance_type="")
+    plan = planned(unlaunchable, H100)
+    assert plan.lines[0].offer is unlaunchable
+    assert plan.cheapest is not None
+    assert plan.cheapest.offer is H100
+    assert planned().cheapest is None
