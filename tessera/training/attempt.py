@@ -290,8 +290,8 @@ class Trainer:
             return Ending(FINISHED, 0, 0.0, loop.done, text)
         here, anywhere = loop.saver.local_step, loop.saver.root_step
         text = (
-            f"Stopped by {self.stop.signal} at step {loop.done} of {_steps(self.program)}; {again} "
-            f"continues at step {max(here, anywhere)}"
+            f"Stopped by {self.stop.signal} at step {loop.done} of {_number(self.program)}; "
+            f"{again} continues at step {max(here, anywhere)}"
         )
         if anywhere < here:
             text += " on this machine, earlier on another"
@@ -325,10 +325,10 @@ def _build_replica(program: Program, world: World, loss: Loss) -> Replica:
 def _opening(attempt: Attempt, program: Program, created: bool, start: Start) -> str:
     done = start.step
     if created:
-        what = f"new run, {_steps(program)} steps"
+        what = f"new run, {_steps(program)}"
     elif start.loaded is not None:
         where = "this machine's disk" if start.loaded.local else "the root"
-        what = f"continuing at step {done} of {_steps(program)} from {where}"
+        what = f"continuing at step {done} of {_number(program)} from {where}"
         what += f" (attempt {attempt.number})"
     else:
         what = f"starting again, no checkpoint yet (attempt {attempt.number})"
@@ -343,12 +343,16 @@ def _opening(attempt: Attempt, program: Program, created: bool, start: Start) ->
     return f"{what}; {count:,} trainable parameters on {devices}; {price}"
 
 
+def _number(program: Program) -> str:
+    return _steps(program).removesuffix(" steps")
+
+
 def _steps(program: Program) -> str:
     """How many steps there will be, as far as that is known."""
     if program.plan.known:
-        return str(program.steps)
+        return f"{program.steps} steps"
     assert isinstance(program.experiment, Pretrain)
-    return f"as many as ${program.experiment.budget_usd:g} pay for,"
+    return f"as many steps as {dollars(program.experiment.budget_usd)} pay for"
 
 
 def _formula(program: Program, peak: Peak) -> str:
