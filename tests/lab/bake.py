@@ -108,7 +108,7 @@ def _install_packages() -> None:
 def _fetch_wheels(image: Image) -> None:
     """The project's core and what builds it; torch for CPUs where its index can be reached."""
     image.wheels.mkdir(parents=True)
-    options = ["-q", "--wheel-dir", str(image.wheels), "-c", "constraints.txt", "--prefer-binary"]
+    options = ["-qq", "--wheel-dir", str(image.wheels), "-c", "constraints.txt", "--prefer-binary"]
     wheel = [sys.executable, "-m", "pip", "wheel", *options]
     torch = ["--no-deps", "--retries", "1", "--extra-index-url", _CPU_TORCH, "torch"]
     _run(*wheel, *torch, cwd=CHECKOUT)

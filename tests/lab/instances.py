@@ -1,6 +1,6 @@
 """Instances that can be logged into: namespaces of this machine with a real sshd."""
 
-# ruff: noqa: A002 - an instance's number is called `id` at vast.ai
+# ruff: noqa: A001, A002 - an instance's number is called `id` at vast.ai
 
 from __future__ import annotations
 
@@ -102,11 +102,11 @@ class Namespaces:
 
 def _nvidia_smi(instance: Mapping[str, Any]) -> str:
     """The program, with the offer's GPU written into it."""
-    id, power = instance["id"], f"{instance['gpu_max_power']:.2f}"
+    host, power = instance["machine_id"], f"{instance['gpu_max_power']:.2f}"
     gpu = {
         "name": _NAMES[instance["gpu_name"]], "gpu_name": _NAMES[instance["gpu_name"]],
-        "index": "0", "count": "1", "uuid": f"GPU-00000000-0000-0000-0000-{id:012d}",
-        "serial": f"{id:013d}", "pci.bus_id": "00000000:01:00.0", "pstate": "P0",
+        "index": "0", "count": "1", "uuid": f"GPU-00000000-0000-0000-0000-{host:012d}",
+        "serial": f"{host:013d}", "pci.bus_id": "00000000:01:00.0", "pstate": "P0",
         "driver_version": str(instance["driver_version"]), "temperature.gpu": "31",
         "compute_cap": f"{instance['compute_cap'] / 100:.1f}", "ecc.mode.current": "Enabled",
         "memory.total": str(instance["gpu_ram"]), "memory.used": "0",
@@ -119,4 +119,4 @@ def _nvidia_smi(instance: Mapping[str, Any]) -> str:
         gpu[f"clocks.{clock}"] = gpu[f"clocks.max.{clock}"] = value
         gpu[f"clocks.current.{clock}"] = value
     text = (HERE / "nvidia_smi.py").read_text()
-    return re.sub(r"^GPU = .*$", f"GPU = {gpu!r}", text, count=1, flags=re.MULTILINE)
+    return re.sub(r"^GPU: .*$", f"GPU = {gpu!r}", text, count=1, flags=re.MULTILINE)

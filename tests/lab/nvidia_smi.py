@@ -3,17 +3,17 @@
 
 import sys
 
-GPU = {}  # field -> value; the lab writes it here (tests/lab/instances.py)
+GPU: dict[str, str] = {}  # field -> value; the lab writes it here (tests/lab/instances.py)
 UNITS = {"memory": "MiB", "power": "W", "clocks": "MHz", "utilization": "%"}
 
 
-def with_unit(field, value):
+def with_unit(field: str, value: str) -> str:
     """As nvidia-smi prints it unless told nounits."""
     unit = UNITS.get(field.split(".")[0])
     return f"{value} {unit}" if unit else value
 
 
-def main():
+def main() -> int:
     """Entry point."""
     options = dict(word.lstrip("-").partition("=")[::2] for word in sys.argv[1:])
     query = options.get("query-gpu")
@@ -28,8 +28,8 @@ def main():
             return 2
     if "noheader" not in form:
         print(", ".join(fields))
-    show = (lambda _, value: value) if "nounits" in form else with_unit
-    print(", ".join(show(field, GPU[field]) for field in fields))
+    plain = "nounits" in form
+    print(", ".join(GPU[field] if plain else with_unit(field, GPU[field]) for field in fields))
     return 0
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from tests.services.proxied import CHECKOUT
 
 CATALOGS = CHECKOUT / "tests" / "sky" / "catalogs"
 VAST_KEY = "pretended-vast-key-0123456789abcdef"
-USER_HASH = "7e55e4a1"  # part of the names that SkyPilot gives instances and its files in /tmp
+USER_HASH = "7e55e4a1"  # part of the labels that it gives instances
 _CONFIG = """\
 allowed_clouds: [Vast]
 jobs:
@@ -92,14 +91,3 @@ class SkyPilot:
         found = next(line for line in asked.stdout.splitlines() if line.startswith("["))
         rows: list[dict[str, Any]] = json.loads(found)
         return rows
-
-
-def forget_sockets() -> None:
-    """SkyPilot keeps its ssh connections under a fixed path in /tmp."""
-    for path in Path("/tmp").glob(f"skypilot_ssh_*{USER_HASH}*"):
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def no_lab_in_environment() -> bool:
-    """Whether this process is not yet inside the lab's namespaces."""
-    return "TESSERA_LAB" not in os.environ

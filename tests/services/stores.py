@@ -74,7 +74,8 @@ class Store:
 def serve(kind: str, folder: Path, host: str = "127.0.0.1") -> Iterator[Store]:
     """Run a server of that kind with an empty bucket; ``folder`` takes its log and its files.
 
-    ``host`` is this machine's address that it listens on. The process is stopped on the way out, whatever happened.
+    ``host`` is this machine's address that it listens on. The process is stopped on the way out,
+    whatever happened.
     """
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()

@@ -138,6 +138,15 @@ def test_faults_come_as_often_and_where_they_were_asked_for(vast: PretendVast) -
         vast.fault("flood")
 
 
+def test_an_answer_is_lost_after_what_was_asked_for_was_done(
+    vast: PretendVast, sdk: VastAI
+) -> None:
+    vast.fault("lost", path="/asks")
+    with pytest.raises(Exception, match="502"):
+        rent(sdk)
+    assert [row["label"] for row in sdk.show_instances()] == ["c-head"]
+
+
 class Machines:
     """A backend whose machine needs a second look until it is up."""
 

@@ -29,7 +29,7 @@ Answer = tuple[int, Any]
 
 HOURS_A_MONTH = 730.0  # what turns storage_cost, dollars for a GB and month, into an hourly price
 PAGE = 25
-FAULTS = ("500", "429", "403", "nonsense", "silence")
+FAULTS = ("500", "429", "403", "nonsense", "silence", "lost")
 _SETTINGS = {"order", "type", "limit", "allocated_storage", "disable_bundling", "external"}
 _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     "eq": lambda a, b: a == b,
@@ -195,7 +195,10 @@ class PretendVast:
             self.machines.stop(id)
 
     def fault(self, kind: str, *, times: int = 1, path: str | None = None) -> None:
-        """The next ``times`` answers, to paths that contain ``path``, go wrong in this way."""
+        """The next ``times`` answers, to paths that contain ``path``, go wrong in this way.
+
+        nonsense: 200 and no JSON; silence: no answer ever; lost: it is done, and answered by a 502.
+        """
         if kind not in FAULTS:
             raise ValueError(f"no fault {kind!r}; there are {', '.join(FAULTS)}")
         with self._lock:
@@ -239,6 +242,8 @@ class PretendVast:
         parts = urlsplit(url)
         with self._lock:
             fault = self._fault(parts.path)
+            if fault == "lost":
+                self._route(method, parts.path, dict(parse_qsl(parts.query)), body)
             if fault is not None:
                 found: Answer | None = _faulty(fault)
             elif self._refused(parts.path, key):
@@ -444,7 +449,9 @@ def _faulty(kind: str) -> Answer | None:
         return None
     if kind == "nonsense":
         return 200, "<html>Service temporarily unavailable</html>"
-    return int(kind), _error(f"pretended_{kind}", "a fault that a test asked for")
+    return 502 if kind == "lost" else int(kind), _error(
+        f"pretended_{kind}", "a fault that a test asked for"
+    )
 
 
 def _handler(vast: PretendVast) -> type[BaseHTTPRequestHandler]:

@@ -1,0 +1,187 @@
+"""What is tried in the lab: each a function that returns what it found, in a few words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from tests.chaos.objects import RunFiles
+from tests.chaos.verdict import points, repeated
+from tests.lab.lab import Failure, Lab, expect, say, wait_for
+from tests.services.vast import OFFERS, offer
+
+_CPU = ("--env", "TESSERA_EXPERIMENT=experiments/smoke.yaml", "--env", "TESSERA_DEVICE=cpu")
+_STEPS = 100
+_SETTINGS = f"tokens={_STEPS * 4096} checkpoint.every_steps=10 log_every_steps=1"
+_HEARTBEAT_S = 5.0
+_UPLOAD_S = 3.0
+"""Longest time that a heartbeat may be on its way to the bucket of this machine."""
+_CHEAP = offer(
+    199, "RTX 5090", 0.41, 0.20, "California, US", gpu_ram=32607, gpu_total_ram=32607,
+    compute_cap=1200, gpu_max_power=575.0, score=900.0,
+)  # fmt: skip
+
+
+def plain(lab: Lab) -> str:
+    """`sky launch` as typed: trains to the end, is listed with dollars, the machine goes away."""
+    command = ["sky", "launch", "-y", "-c", "plain", "-i", "1", "--down"]
+    done = lab.sky.run(
+        *command, *_CPU, "--env", "TESSERA_SET=tokens=163840", "sky/pretrain_h100.yaml",
+        timeout=600,
+    )  # fmt: skip
+    expect(done.returncode == 0, f"sky launch ended with {done.returncode}")
+    expect_no_secret(lab, done.stdout)
+    (run,) = lab.listed(lab.root)
+    expect(run["status"] == "finished", f"the run is {run['status']}")
+    wait_for(lambda: not lab.rented("plain"), "the machine takes itself down", seconds=300)
+    (line,) = lab.billed("plain")
+    expect(0 < run["cost_usd"] <= line["usd"], f"${run['cost_usd']} of a bill of ${line['usd']}")
+    return (
+        f"{run['step']} steps, ${run['cost_usd']:.4f} in tessera-exp, ${line['usd']:.4f} billed "
+        f"until the machine took itself down"
+    )
+
+
+def managed(lab: Lab) -> str:
+    """A managed job preempted twice: one run, losses as undisturbed, dollars as billed."""
+    root = lab.new_root("managed")
+    aside = ThreadPoolExecutor(1)
+    undisturbed = aside.submit(lab.undisturbed, "experiments/smoke.yaml", _SETTINGS)
+    submitted = lab.sky.run(
+        "sky", "jobs", "launch", "-y", "-d", "-n", "managed", *_CPU,
+        "--env", f"TESSERA_ROOT={root}", "--env", f"TESSERA_SET={_SETTINGS}",
+        "--env", f"TESSERA_HEARTBEAT_S={_HEARTBEAT_S}", "sky/pretrain_h100_managed.yaml",
+        timeout=300,
+    )  # fmt: skip
+    expect(submitted.returncode == 0, f"sky jobs launch ended with {submitted.returncode}")
+    files = RunFiles(lab.objects("managed"))
+    for at_step in (20, 50):
+        wait_for(
+            lambda at=at_step: max(files.complete(), default=0) >= at,  # type: ignore[misc]
+            f"a checkpoint of step {at_step}", seconds=400,
+        )  # fmt: skip
+        (id,) = lab.rented("managed")  # noqa: A001
+        lab.outbid(id)
+        say(f"managed: instance {id} was taken away after step {at_step}")
+    wait_for(lambda: lab.ended("managed"), "the managed job ends", seconds=600, every=3)
+    expect(lab.status("managed") == "SUCCEEDED", f"the job is {lab.status('managed')}")
+    wait_for(lambda: not lab.rented("managed"), "the last machine is destroyed", seconds=120)
+    (run,) = lab.listed(root)
+    expect(run["status"] == "finished", f"the run is {run['status']}")
+    expect_same(files, undisturbed.result(), _STEPS)
+    return f"3 instances, losses equal bit for bit, {expect_dollars(lab, files, run)}"
+
+
+def refused(lab: Lab) -> str:
+    """The list is headed by another GPU: nothing trains, and the job ends after two of them."""
+    root = lab.new_root("refused")
+    lab.vast.offers = [_CHEAP, *OFFERS]
+    submitted = lab.sky.run(
+        "sky", "jobs", "launch", "-y", "-d", "-n", "refused", *_CPU,
+        "--env", f"TESSERA_ROOT={root}", "--env", "TESSERA_MAX_REFUSALS=2",
+        "sky/pretrain_h100_managed.yaml", timeout=300,
+    )  # fmt: skip
+    expect(submitted.returncode == 0, f"sky jobs launch ended with {submitted.returncode}")
+    wait_for(lambda: lab.ended("refused"), "the managed job ends", seconds=600, every=3)
+    expect(lab.status("refused") == "FAILED", f"the job is {lab.status('refused')}")
+    wait_for(lambda: not lab.rented("refused"), "its machines are destroyed", seconds=120)
+    bill = lab.billed("refused")
+    records = lab.objects("refused").keys("refusals/")
+    expect(len(bill) == 2, f"{len(bill)} instances were rented, expected 2")
+    expect(len(records) == 2, f"the root has {records}, expected 2 refusals")
+    expect(not lab.objects("refused").keys("runs/"), "something trained on a refused machine")
+    return f"2 machines refused, ${sum(line['usd'] for line in bill):.4f}, none left"
+
+
+def provider_faults(lab: Lab) -> str:
+    """vast.ai fails while a machine is rented: nothing of it goes on billing."""
+    lab.vast.offers = list(OFFERS)
+    lab.vast.fault("429", times=2, path="/bundles")
+    lab.vast.fault("500", times=1, path="/asks")
+    lab.vast.fault("lost", times=1, path="/asks")
+    lab.vast.fault("nonsense", times=1, path="/instances")
+    done = lab.sky.run(
+        "sky", "launch", "-y", "-c", "faults", "-i", "1", "--down", *_CPU,
+        "--env", "TESSERA_SET=tokens=40960", "sky/pretrain_h100.yaml", timeout=600,
+    )  # fmt: skip
+    say(f"faults: the launch ended with {done.returncode}")
+    wait_for(lambda: not lab.rented("faults"), "nothing goes on billing", seconds=300)
+    return (
+        f"the launch ended with {done.returncode}, {len(lab.billed('faults'))} machines, none left"
+    )
+
+
+def wrong_key(lab: Lab) -> str:
+    """The bucket refuses the key: a sentence, a final code, and the machine goes away."""
+    done = lab.sky.run(
+        "sky", "launch", "-y", "-c", "wrong-key", "-i", "0", "--down", *_CPU,
+        "--env", f"AWS_ENDPOINT_URL={lab.strict.endpoint}", "--env", f"TESSERA_ROOT={lab.root}",
+        "--env", "AWS_SECRET_ACCESS_KEY=not-the-key-of-this-bucket", "sky/pretrain_h100.yaml",
+        timeout=600,
+    )  # fmt: skip
+    expect(done.returncode != 0, "the launch succeeded")
+    expect("Traceback" not in done.stdout, "a traceback instead of a sentence")
+    expect("not-the-key-of" not in done.stdout, "the key is in the log")
+    wait_for(lambda: not lab.rented("wrong-key"), "the machine takes itself down", seconds=300)
+    sentence = next(line for line in done.stdout.splitlines() if "Error:" in line)
+    return sentence.partition("Error:")[2].strip()
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """``after``: how many seconds later than the others of its group it begins."""
+
+    name: str
+    play: Callable[[Lab], str]
+    after: float = 0.0
+
+
+GROUPS = (
+    (Scenario("plain", plain), Scenario("managed", managed)),
+    (Scenario("refused", refused),),
+    (Scenario("faults", provider_faults), Scenario("wrong-key", wrong_key)),
+)
+"""Groups run one after the other; what is in one runs at the same time."""
+
+
+def expect_no_secret(lab: Lab, text: str) -> None:
+    """Neither key of the person may be in what SkyPilot printed."""
+    for secret in lab.secrets():
+        expect(secret not in text, "a key is in what SkyPilot printed")
+
+
+def expect_same(files: RunFiles, undisturbed: RunFiles, steps: int) -> None:
+    """Every point of the surviving attempts as the undisturbed run has it, once each."""
+    found, expected = points(files), points(undisturbed)
+    missing = sorted(set(range(1, steps + 1)) - found["train/loss"].keys())
+    twice = [step for key, step, _ in repeated(files) if key == "train/loss"]
+    expect(not missing and not twice, f"steps without a loss: {missing}, with two: {twice}")
+    for key, values in expected.items():
+        differ = [step for step in values if found[key].get(step) != values[step]]
+        expect(not differ, f"{key} differs at steps {differ[:5]}")
+    expect(files.weights_digest() == undisturbed.weights_digest(), "the weights differ")
+
+
+def expect_dollars(lab: Lab, files: RunFiles, run: dict[str, Any]) -> str:
+    """tessera-exp's dollars against the provider's own bill.
+
+    They may be short of it by what no process could record: one and a half heartbeats and an upload
+    before each preemption, the disk of a stopped machine, and the time from the end of training
+    until SkyPilot destroyed the last machine. They are never above it.
+    """
+    bill = lab.billed("managed")
+    expect(len(bill) == 3, f"{len(bill)} instances were rented, expected 3")
+    total = sum(line["usd"] for line in bill)
+    tolerance = 0.0
+    for line in bill[:-1]:
+        rate, stopped = line["prices"][0]["usd_per_hour"], line["prices"][-1]
+        tolerance += rate * (1.5 * _HEARTBEAT_S + _UPLOAD_S) / 3600
+        tolerance += stopped["usd_per_hour"] * (line["end"] - stopped["from"]) / 3600
+    ended = max(ending["ended_at"] for ending in files.endings().values())
+    tolerance += bill[-1]["prices"][-1]["usd_per_hour"] * (bill[-1]["end"] - ended) / 3600
+    said = f"${run['cost_usd']:.4f} in tessera-exp, ${total:.4f} billed"
+    if not total - tolerance <= run["cost_usd"] <= total + 1e-4:
+        raise Failure(f"{said}, which is not within ${tolerance:.4f} below it")
+    return f"{said} (tolerance ${tolerance:.4f} below)"
