@@ -143,6 +143,7 @@ def recipe_of(experiment: Pretrain) -> Recipe | None:
     chosen = experiment.float8 or Float8()
     return Recipe(
         gradients=_GRADIENTS[chosen.gradients],
+        stochastic_weights=chosen.weights == "stochastic",
         fast_gradients=chosen.sums == "fast",
         keep_first=chosen.keep_first,
         keep_last=chosen.keep_last,

@@ -66,6 +66,7 @@ _LOSS_AFFECTING: list[tuple[dict[str, Any], str, Any]] = [
     (PRETRAIN, "batch.tokens_per_step", 256),
     (PRETRAIN, "evaluation.tokens", 1024),
     (_FP8, "float8.gradients", "e4m3"),
+    (_FP8, "float8.weights", "stochastic"),
     (_FP8, "float8.sums", "exact"),
     (_FP8, "float8.keep_first", 1),
     (_FP8, "float8.keep_last", 1),
@@ -114,7 +115,13 @@ def test_every_setting_is_in_one_of_the_two_tables(data: dict[str, Any]) -> None
 def test_what_came_later_names_no_run_that_does_as_runs_did_before() -> None:
     """Pinned: were it otherwise, a run that is under way would be begun anew."""
     plain = parse_experiment(_FP8)
-    before = {"gradients": "e5m2", "sums": "fast", "keep_first": 0, "keep_last": 0}
+    before = {
+        "gradients": "e5m2",
+        "weights": "nearest",
+        "sums": "fast",
+        "keep_first": 0,
+        "keep_last": 0,
+    }
     assert not [key for key in plain.identity if key.startswith("float8")]
     for section in (None, {}, before):
         assert parse_experiment(_FP8 | {"float8": section}).identity == plain.identity

@@ -61,7 +61,10 @@ def test_precision_is_part_of_the_run_and_kernels_are_not(bench: Bench) -> None:
     assert bench.train("precision=fp8").run.id != plain.id
 
 
-@pytest.mark.parametrize("settings", [FUSED, EIGHT])
+STOCHASTIC = (*EIGHT, "float8.weights=stochastic")
+
+
+@pytest.mark.parametrize("settings", [FUSED, EIGHT, STOCHASTIC])
 def test_a_kill_changes_nothing(
     bench: Bench, undisturbed: Callable[..., Whole], settings: tuple[str, ...]
 ) -> None:
@@ -124,7 +127,12 @@ def test_blocks_that_never_had_float8_do_not_count(bench: Bench) -> None:
 
 @pytest.mark.parametrize(
     ("setting", "told"),
-    [("gradients=e4m3", "2 of 2"), ("sums=exact", "2 of 2"), ("keep_last=1", "1 of 2")],
+    [
+        ("gradients=e4m3", "2 of 2"),
+        ("weights=stochastic", "2 of 2"),
+        ("sums=exact", "2 of 2"),
+        ("keep_last=1", "1 of 2"),
+    ],
 )
 def test_how_float8_multiplies_is_part_of_the_run(
     bench: Bench, eight: Whole, setting: str, told: str

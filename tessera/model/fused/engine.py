@@ -68,10 +68,11 @@ class Engine:
         self._model, self._dtype, self._attention = model, compute_dtype, attention
         self._gelu: Approximate = "tanh" if model.shape.gelu == "tanh" else "none"
         self._blocks = [block_parameters(block) for block in model.blocks]
-        self._working = WorkingCopies(model, compute_dtype)
+        self._recipe = float8 or Recipe()
+        stochastic = self._recipe.stochastic_weights
+        self._working = WorkingCopies(model, compute_dtype, stochastic=stochastic)
         device = model.tokens.weight.device
         layers = len(self._blocks)
-        self._recipe = float8 or Recipe()
         self._float8 = float8.blocks(layers) if float8 else [False] * layers
         self._flags = torch.tensor(self._float8, dtype=torch.float32, device=device)
         self._scales: Scales | None = None
@@ -81,6 +82,7 @@ class Engine:
             self._scales = Scales(dtypes, device)
             sites = self._scales.sites
             self._sites = [{n: sites[f"{i}.{n}"] for n in names} for i in range(layers)]
+        self._steps, self._steps_kept = 0, torch.zeros(1, dtype=torch.int64, device=device)
         self._calibrated = self._in_step = self._fresh = False
         self._use8 = [False] * layers
 
@@ -97,7 +99,7 @@ class Engine:
         self._prepare_gradients()
         if not self._in_step:
             self._use8 = [on and self._calibrated for on in self._float8]
-            self._working.refresh(self._use8)
+            self._working.refresh(self._use8, self._steps)
             self._in_step = True
             self._fresh = True
         use8 = self._use8
@@ -118,6 +120,8 @@ class Engine:
         self._fresh = False
         if last:
             self._in_step = False
+            self._steps += 1
+            self._steps_kept += 1
             if self._scales is not None:
                 self._scales.update()
                 self._calibrated = True
@@ -200,11 +204,13 @@ class Engine:
         """What a checkpoint needs beside parameters and moments; restore them in place."""
         if self._scales is None:
             return {}
-        return self._scales.tensors() | {"fp8.layers": self._flags}
+        kept = self._scales.tensors() | {"fp8.layers": self._flags}
+        return kept | {"fp8.steps": self._steps_kept} if self._recipe.stochastic_weights else kept
 
     def restored(self) -> None:
         """To be called when ``tensors`` have been filled from a checkpoint."""
         self._in_step = False
+        self._steps = int(self._steps_kept)
         self._calibrated = self._scales is not None and self._scales.restored()
         self._float8 = [flag > 0 for flag in self._flags.tolist()]
 

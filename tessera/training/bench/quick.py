@@ -1,7 +1,7 @@
 """A whole model's step from two shallow ones: time and memory are a line over the layers.
 
-Blocks are equal (but for those that float8 leaves in bf16, which both have), so what a step takes is
-a part that does not depend on them (embedding, head, loss) and one part a block (its passes, its
+Blocks are equal (but for those that float8 leaves in bf16, which both have), so what a step takes
+is a part that does not depend on them (embedding, head, loss) and one part a block (its passes, its
 share of clip and optimiser).
 """
 

@@ -13,6 +13,7 @@ from tessera.model.fused import block8, matmul8
 from tessera.model.fused.engine import Engine
 from tessera.model.fused.recipe import Recipe
 from tessera.model.fused.scaling import HEADROOM
+from tessera.model.fused.working import WorkingCopies, dithered
 from tessera.model.protogpt import ProtoGPT
 from tests.model.fused.test_engine import (
     block_of,
@@ -35,11 +36,13 @@ PRODUCTS = {
 RECIPES = [
     Recipe(),
     Recipe(gradients=E4M3),
+    Recipe(stochastic_weights=True),
     Recipe(fast_gradients=False),
     Recipe(keep_first=1, keep_last=2),
     Recipe(gradients=E4M3, fast_gradients=False, keep_last=1),
 ]
 SHAPE = shape(layers=4)
+Linear = Callable[[Tensor], Tensor]
 Scaling = dict[str, tuple[float, torch.dtype]]
 """Scale and type of every site."""
 
@@ -49,18 +52,20 @@ class Rounded(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, of: tuple[float, Any], gradient: tuple[float, Any]
+        ctx: Any, x: Tensor, weight: Tensor, weight8: Tensor | None, of: Any, gradient: Any
     ) -> Tensor:
-        x8, weight8 = rounded(x, *of), rounded(weight, 448.0 / float(weight.abs().max()), E4M3)
+        x8 = rounded(x, *of)
+        if weight8 is None:
+            weight8 = rounded(weight, 448.0 / float(weight.abs().max()), E4M3)
         ctx.save_for_backward(x8, weight8)
         ctx.gradient = gradient
         return x8 @ weight8.t()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x8, weight8 = ctx.saved_tensors
         g8 = rounded(gradients[0], *ctx.gradient)
-        return g8 @ weight8, g8.flatten(0, 1).t() @ x8.flatten(0, 1), None, None
+        return g8 @ weight8, g8.flatten(0, 1).t() @ x8.flatten(0, 1), None, None, None
 
 
 def rounded(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
@@ -69,19 +74,34 @@ def rounded(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     return (x * scale).clamp(-limit, limit).float().to(dtype).double() / scale
 
 
-def emulate(model: ProtoGPT, on: list[bool], scaling: Scaling) -> None:
-    """Replace the linears of the blocks that are ``on``."""
+def emulate(model: ProtoGPT, engine: Engine, scaling: Scaling) -> None:
+    """Replace the linears of the blocks that ``engine`` takes in float8.
 
-    def replaced(weight: Tensor, names: tuple[str, str], number: int) -> Callable[[Tensor], Tensor]:
-        of, gradient = (scaling[f"{number}.{name}"] for name in names)
-        return lambda x: Rounded.apply(x, weight, of, gradient)  # type: ignore[no-untyped-call]
+    Weights that were rounded at random are taken from ``engine``: no reference can draw them.
+    """
 
-    for number in [number for number, eight in enumerate(on) if eight]:
-        for name, names in PRODUCTS.items():
+    def replaced(weight: Tensor, taken: Tensor | None, of: Any, gradient: Any) -> Linear:
+        return lambda x: Rounded.apply(x, weight, taken, of, gradient)  # type: ignore[no-untyped-call]
+
+    for number in engine.layers_in_float8():
+        weights8 = engine._working.blocks8[number]
+        assert weights8 is not None
+        for (name, (of, gradient)), weight8 in zip(PRODUCTS.items(), weights8, strict=True):
             linear = block_of(model, number).get_submodule(name)
-            weight = linear.weight
-            assert isinstance(weight, Tensor)
-            linear.forward = replaced(weight, names, number)
+            assert isinstance(linear.weight, Tensor)
+            taken = None
+            if engine._recipe.stochastic_weights:
+                taken = weight8.cast.rows.double() * weight8.inverse.double()
+                assert neighbours(taken, linear.weight)
+            sites = (scaling[f"{number}.{site}"] for site in (of, gradient))
+            linear.forward = replaced(linear.weight, taken, *sites)
+
+
+def neighbours(rounded_at_random: Tensor, exact: Tensor) -> bool:
+    """Whether no number is a step of e4m3 away or more, and some are more than half of one."""
+    away = ((rounded_at_random - exact) / exact).abs()
+    normal = exact.abs() > exact.abs().max() / 448 / 64
+    return bool((away[normal] < 0.126).all() and (away[normal] > 0.0625).any())
 
 
 def float8_step(recipe: Recipe) -> tuple[Engine, Scaling, Tensor, dict[str, Tensor]]:
@@ -109,9 +129,10 @@ def truth() -> dict[str, Tensor]:
 def test_a_step_is_that_of_the_roundings_the_recipe_says(
     recipe: Recipe, truth: dict[str, Tensor]
 ) -> None:
-    _, scaling, loss, gradients = float8_step(recipe)
+    engine, scaling, loss, gradients = float8_step(recipe)
+    assert engine.layers_in_float8() == [n for n, on in enumerate(recipe.blocks(4)) if on]
     emulated = model_of(SHAPE, torch.float64)
-    emulate(emulated, recipe.blocks(SHAPE.layers), scaling)
+    emulate(emulated, engine, scaling)
     wanted = by_autograd(emulated, torch.float64, float8_data())
     rounded_alike = take_gradients(emulated)
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-4)
@@ -173,3 +194,34 @@ def test_scales_of_gradients_use_the_range_of_their_type() -> None:
             expected = gradients if ".d_" in name else E4M3
             assert site.dtype == expected, name
             assert float(seen * site.scale) == pytest.approx(torch.finfo(expected).max / HEADROOM)
+
+
+def test_weights_rounded_at_random_are_right_on_average_and_new_in_every_step() -> None:
+    chance = torch.Generator().manual_seed(3)
+    x = torch.randn(50, 40, generator=chance) * 30
+    draws = torch.stack([dithered(x, chance) for _ in range(400)])
+    assert torch.equal(draws, draws.to(E4M3).float()), "e4m3 has all of them"
+    step_up = 2.0 ** (x.abs().log2().floor() - 3)  # of e4m3 at x
+    assert bool(((draws - x).abs() < step_up).all())
+    assert float(((draws.mean(0) - x).abs() / step_up).max()) < 5 * 0.5 / 400**0.5
+    copies = WorkingCopies(model_of(SHAPE), torch.float32, stochastic=True)
+    seen = []
+    for number in (7, 8, 7):
+        copies.refresh([True] * 4, number)
+        weights8 = copies.blocks8[2]
+        assert weights8 is not None
+        assert torch.equal(weights8.up.cast.rows.float(), weights8.up.cast.columns.float().t())
+        seen.append(weights8.up.cast.rows.float())
+    assert torch.equal(seen[0], seen[2])
+    assert not torch.equal(seen[0], seen[1])
+
+
+def test_a_restored_engine_draws_what_the_undisturbed_one_does() -> None:
+    recipe, data = Recipe(stochastic_weights=True), float8_data()
+    engine, _, _, _ = float8_step(recipe)
+    other = engine_of(model_of(SHAPE), torch.float32, float8=recipe)
+    for name, tensor in other.tensors().items():
+        tensor.copy_(engine.tensors()[name])
+    other.restored()
+    assert torch.equal(step(other, data), step(engine, data))
+    assert "fp8.steps" not in engine_of(model_of(SHAPE), torch.float32, float8=Recipe()).tensors()
