@@ -222,13 +222,16 @@ def steps_of(arguments: argparse.Namespace) -> int:
 def finish(
     arguments: argparse.Namespace, known: Sequence[Curve], curves: list[Curve]
 ) -> list[Curve]:
-    """``curves`` with those whose losses are lowest at ``until`` taken to their ends."""
+    """``curves`` with those whose losses are lowest at ``until`` taken to their ends.
+
+    Of the variants, that is: ``bf16-fused`` is there to say what the fused operations do alone.
+    """
     first = arguments.precisions[0]
     gaps = {
         (curve.precision, curve.seed): distance(curve, other, arguments.until)[0]
         for curve in curves
         for other in [*known, *curves]
-        if (other.precision, other.seed) == (first, curve.seed) and curve.precision != first
+        if (other.precision, other.seed) == (first, curve.seed) and curve.precision not in SETTINGS
     }
     nearest = sorted(gaps, key=lambda pair: gaps[pair])[: arguments.finish]
     done = []
