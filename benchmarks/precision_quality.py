@@ -202,14 +202,14 @@ def run_all(arguments: argparse.Namespace, known: Sequence[Curve]) -> list[Curve
 
 
 def needed(arguments: argparse.Namespace, curves: Sequence[Curve]) -> float:
-    """Seconds that one more run takes and then all that are to be finished; 0 if unknown."""
+    """Seconds for one more run like the last and then all that are to be finished; 0 if unknown."""
     if not curves:
         return 0.0
-    longest = max(curve.seconds for curve in curves)
+    last = curves[-1].seconds
     if not arguments.until:
-        return longest
+        return last
     rest: float = arguments.finish * (steps_of(arguments) / arguments.until - 1)
-    return longest * (1 + rest)
+    return last * (1 + rest)
 
 
 def steps_of(arguments: argparse.Namespace) -> int:
