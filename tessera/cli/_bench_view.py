@@ -190,7 +190,9 @@ def _verdict(document: dict[str, Any]) -> Iterator[str]:
     if document["best"] is None:
         return
     row = next(row for row in document["rows"] if row["name"] == document["best"])
-    settings = ", ".join(f"{key}: {value}" for key, value in row["settings"].items())
+    settings = ", ".join(
+        f"{key}: {'null' if value is None else value}" for key, value in row["settings"].items()
+    )
     put = f"; in the experiment: {settings}" if settings else ""
     what = f"Best: {row['name']}" if settings else "The experiment as it is"
     usd = "" if row["usd"] is None else f", {_usd(row['usd'])}"

@@ -15,6 +15,7 @@ from tessera.experiment.sections import (
     CorpusData,
     Cosine,
     Evaluation,
+    Float8,
     KeyedError,
     Lora,
     Model,
@@ -25,6 +26,7 @@ from tessera.experiment.sections import (
     Section,
     Stability,
     TokenBatch,
+    added,
     free,
 )
 
@@ -86,14 +88,16 @@ class Pretrain(_Common):
     ``budget_reserve_usd`` is what is kept back of it (docs/budget.md).
     ``kernels`` says who computes a step: our fused operations, or torch under autograd; they round
     sums differently, so it is as free as ``compile``. With precision ``fp8`` the blocks' matrix
-    products take float8 operands, which only the fused operations do. ``attention`` names the
-    library that computes it in the fused operations; ``auto`` is the best that is there.
+    products take float8 operands, which only the fused operations do; ``float8`` says how.
+    ``attention`` names the library that computes it in the fused operations; ``auto`` is the best
+    that is there.
     """
 
     kind: Literal["pretrain"]
     precision: Literal["auto", "bf16", "float32", "fp8"] = "auto"  # type: ignore[assignment]
     kernels: Literal["auto", "fused", "torch"] = free("auto")
     attention: Literal["auto", "flash4", "cudnn", "flash", "math"] = free("auto")
+    float8: Float8 | None = added(None, before=None)
     model: Model
     data: CorpusData
     batch: TokenBatch
@@ -111,6 +115,27 @@ class Pretrain(_Common):
     def steps(self) -> int | None:
         """Optimiser steps of the whole run; None where only a budget ends it."""
         return None if self.tokens is None else self.tokens // self.batch.tokens_per_step
+
+    @property
+    def kept_in_bf16(self) -> int:
+        """Blocks that ``float8`` leaves in bf16."""
+        return self.float8.keep_first + self.float8.keep_last if self.float8 else 0
+
+    @model_validator(mode="after")
+    def _float8_fits(self) -> Pretrain:
+        if self.float8 and self.precision != "fp8":
+            raise KeyedError(
+                f"it says how precision fp8 multiplies, and precision is {self.precision}; set "
+                "precision: fp8, or float8: null",
+                "float8", "precision",
+            )  # fmt: skip
+        if self.kept_in_bf16 >= self.model.layers:
+            raise KeyedError(
+                f"no block of {self.model.layers} is left in float8 where {self.kept_in_bf16} stay "
+                "in bf16; keep fewer, or set precision: bf16",
+                "float8.keep_first", "float8.keep_last", "model.layers",
+            )  # fmt: skip
+        return self
 
     @model_validator(mode="after")
     def _kernels_agree(self) -> Pretrain:
@@ -239,6 +264,8 @@ def _loss_affecting(section: BaseModel, prefix: str = "") -> Iterator[tuple[str,
         if isinstance(extra, dict) and extra.get("free"):
             continue
         value = getattr(section, name)
+        if isinstance(extra, dict) and "before" in extra and value == extra["before"]:
+            continue
         if isinstance(value, BaseModel):
             yield from _loss_affecting(value, f"{prefix}{name}.")
         else:

@@ -28,6 +28,15 @@ def free(default: Any = ..., **constraints: Any) -> Any:
     return Field(default, json_schema_extra={"free": True}, **constraints)
 
 
+def added(default: Any, *, before: Any, **constraints: Any) -> Any:
+    """A loss-affecting field that came when runs existed already.
+
+    At ``before``, which is what all of them did, it is no part of a run's identity, so that theirs
+    stay what they are, whatever its default becomes.
+    """
+    return Field(default, json_schema_extra={"before": before}, **constraints)
+
+
 _SWITCHES = frozenset({"compile", "deterministic", "recompute"})
 """The keys whose value may be what YAML reads as a boolean."""
 
@@ -160,6 +169,23 @@ class Lora(Section):
     targets: tuple[Literal["attn.qkv", "attn.out", "mlp.up", "mlp.down"], ...] = Field(
         default=("attn.qkv", "attn.out", "mlp.up", "mlp.down"), min_length=1
     )
+
+
+class Float8(Section):
+    """How ``precision: fp8`` takes the matrix products of the blocks.
+
+    ``gradients`` is the type that gradients are cast to, one bit of mantissa more (e4m3) or more
+    range (e5m2). ``weights`` are rounded to the nearest, or up or down at random, anew in every
+    step. ``sums`` is how the products that make gradients add up: fast in the tensor cores,
+    or exactly, moved to float32 again and again. The blocks ``keep_first`` and ``keep_last`` at
+    either end stay in bf16.
+    """
+
+    gradients: Literal["e5m2", "e4m3"] = added("e5m2", before="e5m2")
+    weights: Literal["nearest", "stochastic"] = added("nearest", before="nearest")
+    sums: Literal["fast", "exact"] = added("fast", before="fast")
+    keep_first: int = added(0, before=0, ge=0)
+    keep_last: int = added(0, before=0, ge=0)
 
 
 class Evaluation(Section):

@@ -6,9 +6,9 @@ replica.
 
 With float8 there are two ways back to bf16. A block whose values did not fit float8's range in
 more than a quarter of the steps of a log interval gives it up (one value too large for the moment
-does no harm); once half of the blocks have, all do. And a run that had to go back to a checkpoint
-continues without float8 altogether. Both are decided from what checkpoints and the root hold, so a
-continued run decides as an undisturbed one.
+does no harm); once half of the blocks that had it have, all do. And a run that had to go back to a
+checkpoint continues without float8 altogether. Both are decided from what checkpoints and the root
+hold, so a continued run decides as an undisturbed one.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from tessera.errors import InputError
-from tessera.experiment import Experiment, Optimizer, Pretrain
+from tessera.experiment import Experiment, Float8, Optimizer, Pretrain
 from tessera.model.fused.adamw import FusedAdamW, clip_factor
 from tessera.model.fused.attention import AttentionBackend, choose_backend
 from tessera.model.fused.block8 import BACKWARD, FORWARD
 from tessera.model.fused.engine import Engine
+from tessera.model.fused.recipe import Recipe
 from tessera.model.protogpt import ProtoGPT
 from tessera.training.optim import grouped
 from tessera.training.parallel import World
@@ -33,6 +34,7 @@ HOPPER = 9
 """The major compute capability of an H100, H200 and GH200."""
 TOLERATED = 0.25
 """Share of a log interval's casts of a block that may have to cut a value."""
+_GRADIENTS = {"e5m2": torch.float8_e5m2, "e4m3": torch.float8_e4m3fn}
 
 
 class FusedReplica(Replica):
@@ -52,7 +54,9 @@ class FusedReplica(Replica):
         backend = attention_backend(experiment, world.device, compute_dtype)
         self.attention = backend.name
         self._adamw: FusedAdamW | None = None
-        self._engine = Engine(model, compute_dtype, backend, float8=experiment.precision == "fp8")
+        recipe = recipe_of(experiment)
+        self._engine = Engine(model, compute_dtype, backend, float8=recipe)
+        self._began = sum(recipe.blocks(len(model.blocks))) if recipe else 0
         self._interval = experiment.log_every_steps * len(FORWARD + BACKWARD)
 
     def how(self) -> str:
@@ -120,17 +124,30 @@ class FusedReplica(Replica):
         unfit = [layer for layer in on if cut.get(layer, 0) > TOLERATED * self._interval]
         if not unfit:
             return None
-        layers = len(self.model.blocks)
         left = len(on) - len(unfit)
-        if left <= layers // 2:
+        if left <= self._began // 2:
             self._engine.without_float8(on)
             return (
-                f"{layers - left} of {layers} blocks have values that do not fit float8's range; "
-                "the run goes on without float8, in bf16"
+                f"{self._began - left} of {self._began} blocks have values that do not fit "
+                "float8's range; the run goes on without float8, in bf16"
             )
         self._engine.without_float8(unfit)
         which = ", ".join(str(layer) for layer in unfit)
         return f"values of block {which} do not fit float8's range; in bf16 from now on"
+
+
+def recipe_of(experiment: Pretrain) -> Recipe | None:
+    """How the experiment wants its float8 products; None if its precision is another."""
+    if experiment.precision != "fp8":
+        return None
+    chosen = experiment.float8 or Float8()
+    return Recipe(
+        gradients=_GRADIENTS[chosen.gradients],
+        stochastic_weights=chosen.weights == "stochastic",
+        fast_gradients=chosen.sums == "fast",
+        keep_first=chosen.keep_first,
+        keep_last=chosen.keep_last,
+    )
 
 
 def attention_backend(

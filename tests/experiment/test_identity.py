@@ -9,9 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tessera.experiment import Pretrain, dump, parse_experiment
+from tessera.runs import identity_hash
 from tests.experiment.conftest import PRETRAIN, SFT, changed, leaves
 
 _LINEAR = {"name": "linear_decay", "warmup_steps": 2}
+_FP8 = PRETRAIN | {"precision": "fp8"}
 _FREE: list[tuple[dict[str, Any], str, Any]] = [
     (PRETRAIN, "name", "other"),
     (PRETRAIN, "description", "words"),
@@ -66,6 +68,11 @@ _LOSS_AFFECTING: list[tuple[dict[str, Any], str, Any]] = [
     (PRETRAIN, "schedule.final_lr", 1e-6),
     (PRETRAIN, "batch.tokens_per_step", 256),
     (PRETRAIN, "evaluation.tokens", 1024),
+    (_FP8, "float8.gradients", "e4m3"),
+    (_FP8, "float8.weights", "stochastic"),
+    (_FP8, "float8.sums", "exact"),
+    (_FP8, "float8.keep_first", 1),
+    (_FP8, "float8.keep_last", 1),
     (PRETRAIN, "stability.window", 64),
     (PRETRAIN, "stability.sigma", 5.0),
     (PRETRAIN, "stability.max_skips", 0),
@@ -103,9 +110,25 @@ def test_a_loss_affecting_setting_changes_the_identity(
 @pytest.mark.parametrize("data", [PRETRAIN, SFT], ids=["pretrain", "sft"])
 def test_every_setting_is_in_one_of_the_two_tables(data: dict[str, Any]) -> None:
     tables = {key for _, key, _ in _FREE + _LOSS_AFFECTING}
-    known = {"kind", "optimizer.name", "schedule.name", "price"}
+    known = {"kind", "optimizer.name", "schedule.name", "price", "float8"}
     assert set(leaves(dump(parse_experiment(data)))) <= tables | known
     assert set(parse_experiment(data).identity) <= {k for _, k, _ in _LOSS_AFFECTING} | known
+
+
+def test_what_came_later_names_no_run_that_does_as_runs_did_before() -> None:
+    """Pinned: were it otherwise, a run that is under way would be begun anew."""
+    plain = parse_experiment(_FP8)
+    before = {
+        "gradients": "e5m2",
+        "weights": "nearest",
+        "sums": "fast",
+        "keep_first": 0,
+        "keep_last": 0,
+    }
+    assert not [key for key in plain.identity if key.startswith("float8")]
+    for section in (None, {}, before):
+        assert parse_experiment(_FP8 | {"float8": section}).identity == plain.identity
+    assert identity_hash(plain.identity, "0" * 64) == "d8d0beec"
 
 
 @given(

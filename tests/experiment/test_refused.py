@@ -11,6 +11,7 @@ import pytest
 
 from tests.experiment.conftest import PRETRAIN, SFT, changed, refusal, write
 
+_FP8 = PRETRAIN | {"precision": "fp8"}
 _REFUSED: list[tuple[dict[str, Any], str, Any, str, str]] = [
     # experiment, key, value (... removes it), key that is named, what the sentence says
     (PRETRAIN, "learning_rate", 1, "learning_rate", "not a known key"),
@@ -73,6 +74,14 @@ _REFUSED: list[tuple[dict[str, Any], str, Any, str, str]] = [
     (PRETRAIN, "parallel", "tensor", "parallel", "'ddp' or 'fsdp'"),
     (PRETRAIN, "kernels", "fast", "kernels", "'fused' or 'torch'"),
     (PRETRAIN, "attention", "cudnn", "attention", "set kernels: fused too, or leave attention at"),
+    (PRETRAIN, "float8", {"gradients": "e4m3"}, "float8", "set precision: fp8, or float8: null"),
+    (_FP8, "float8.gradients", "e5m3", "float8.gradients", "'e5m2' or 'e4m3'"),
+    (_FP8, "float8.weights", "random", "float8.weights", "'nearest' or 'stochastic'"),
+    (_FP8, "float8.sums", "slow", "float8.sums", "'fast' or 'exact'"),
+    (_FP8, "float8.keep_first", -1, "float8.keep_first", "greater than or equal to 0"),
+    (_FP8, "float8.keep_last", True, "float8.keep_last", "true is no value"),
+    (_FP8, "float8", {"keep_first": 1, "keep_last": 1}, "float8", "no block of 2 is left"),
+    (_FP8, "float8", "e4m3", "float8", "a section of keys and values"),
     (PRETRAIN, "parallel", False, "parallel", "false is no value"),
     (PRETRAIN, "tokens", ..., "tokens", "a cosine needs the tokens of the whole run"),
     (PRETRAIN, "budget_usd", 5, "budget_usd", "set schedule to {name: linear_decay"),

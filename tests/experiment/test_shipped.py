@@ -37,7 +37,7 @@ def test_names_of_shipped_experiments_differ() -> None:
 def _keys_and_comments(text: str) -> Iterator[tuple[str, str]]:
     """Every key of a YAML file of ours with the comment on its line."""
     for line in text.splitlines():
-        if match := re.match(r"\s*([a-z_]+):(?:\s|$)", line):
+        if match := re.match(r"\s*([a-z0-9_]+):(?:\s|$)", line):
             comment = re.search(r"\s#\s*(\S.*)$", line)
             yield match[1], comment[1] if comment else ""
 

@@ -185,6 +185,11 @@ def test_which_depths_are_measured(layers: int, measured: tuple[int, ...]) -> No
     assert depths(layers) == measured
 
 
+@pytest.mark.parametrize(("layers", "measured"), [(32, (5, 9)), (10, (5, 9)), (9, (9,))])
+def test_blocks_kept_in_bf16_are_in_both_depths(layers: int, measured: tuple[int, ...]) -> None:
+    assert depths(layers, kept=3) == measured
+
+
 def test_a_linear_cost_is_projected_exactly() -> None:
     """0.05 s and 3 GiB whatever the depth, 0.01 s and 1 GiB a layer; the median counts."""
 
@@ -353,6 +358,16 @@ def test_the_experiments_attention_stays_in_rows_that_name_none() -> None:
     assert row_of("fused-cudnn") == ("cudnn", {"kernels": "fused", "attention": "cudnn"})
     plain = {"kernels": "torch", "compile": "off", "attention": "auto"}
     assert row_of("eager") == ("auto", plain)
+
+
+def test_how_float8_multiplies_is_taken_out_of_rows_without_it() -> None:
+    experiment = small("precision=fp8", "float8.gradients=e4m3")
+    known = basis(experiment)
+    for name, gradients in (("fp8", "e4m3"), ("fused", None), ("compiled", None)):
+        changed = applied(named(name), experiment, CPU)
+        assert (changed.float8 and changed.float8.gradients) == gradients
+        settings = ladder_row(known, Measured(named(name), changed, 2, None))["settings"]
+        assert settings.get("float8", "as it is") == ("as it is" if gradients else None)
 
 
 def test_an_attention_that_is_not_here_ends_it_before_anything_is_measured() -> None:

@@ -61,7 +61,10 @@ def test_precision_is_part_of_the_run_and_kernels_are_not(bench: Bench) -> None:
     assert bench.train("precision=fp8").run.id != plain.id
 
 
-@pytest.mark.parametrize("settings", [FUSED, EIGHT])
+STOCHASTIC = (*EIGHT, "float8.weights=stochastic")
+
+
+@pytest.mark.parametrize("settings", [FUSED, EIGHT, STOCHASTIC])
 def test_a_kill_changes_nothing(
     bench: Bench, undisturbed: Callable[..., Whole], settings: tuple[str, ...]
 ) -> None:
@@ -111,6 +114,37 @@ def test_when_half_of_the_blocks_misbehave_all_go_back(bench: Bench) -> None:
     )
 
 
+def test_blocks_that_never_had_float8_do_not_count(bench: Bench) -> None:
+    """Of the three that had it one may give it up, and two may not."""
+    for unfit, left in (({1: 24}, [2, 3]), ({1: 24, 2: 24}, [])):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Engine, "take_cut", lambda engine, unfit=unfit: unfit)
+            run = bench.train(*EIGHT, "model.layers=4", "float8.keep_first=1", new=True).run
+        (event,) = bench.events(run, "precision/changed")
+        said = "values of block 1" if left else "2 of 3 blocks have values that do not fit"
+        assert event.value["reason"].startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("gradients=e4m3", "2 of 2"),
+        ("weights=stochastic", "2 of 2"),
+        ("sums=exact", "2 of 2"),
+        ("keep_last=1", "1 of 2"),
+    ],
+)
+def test_how_float8_multiplies_is_part_of_the_run(
+    bench: Bench, eight: Whole, setting: str, told: str
+) -> None:
+    run = bench.train(*EIGHT, f"float8.{setting}").run
+    assert run.id != bench.train(*EIGHT).run.id
+    (event,) = bench.events(run, "attempt/started")
+    assert f"float8 products in {told} blocks" in event.value["computed_by"]
+    same = all(bench.points(run, key) == expected for key, expected in eight.points.items())
+    assert same == (setting == "sums=exact"), "a CPU sums all products alike"
+
+
 def test_a_block_that_went_back_stays_so_after_a_kill(bench: Bench) -> None:
     states: list[list[int]] = []
 
@@ -146,6 +180,7 @@ def test_a_run_that_went_back_continues_without_float8(bench: Bench) -> None:
         (["precision=fp8", "deterministic=true"], "which deterministic: true rules out"),
         (["kernels=fused", "attention=flash4"], "cannot be used here: it needs an NVIDIA GPU, not"),
         (["kernels=fused", "deterministic=true"], "add up in no fixed order on a GPU; set"),
+        (["precision=bf16", "float8.sums=exact"], "and precision is bf16; set precision: fp8, or"),
         (["precision=fp8", "model.d_model=24"], "are multiples of 16, and 24 is none; change it"),
     ],
 )

@@ -115,19 +115,24 @@ def backward(
     attention: AttentionBackend,
     dims: Dimensions,
     fresh: bool = False,
+    fast: bool = True,
 ) -> Tensor:
-    """As ``block.backward``; with ``fresh`` the gradients are zero so far, which saves a pass."""
+    """As ``block.backward``; with ``fresh`` the gradients are zero so far, which saves a pass.
+
+    ``fast`` is how ``multiply`` sums.
+    """
 
     def through(gradient: Float8, name: str, weight: Weight8) -> Tensor:
         inverse = sites[name].inverse
-        return multiply(gradient.rows, weight.cast.columns, inverse, weight.inverse, dx.dtype)
+        columns = weight.cast.columns
+        return multiply(gradient.rows, columns, inverse, weight.inverse, dx.dtype, fast=fast)
 
     def add_weights(into: Tensor, gradient: Float8, name: str, operand: Tensor, of: str) -> None:
         left, right = sites[name].inverse, sites[of].inverse
         if fresh:
-            multiply(gradient.columns, operand, left, right, into.dtype, out=into)
+            multiply(gradient.columns, operand, left, right, into.dtype, fast=fast, out=into)
         else:
-            into.add_(multiply(gradient.columns, operand, left, right, dx.dtype))
+            into.add_(multiply(gradient.columns, operand, left, right, dx.dtype, fast=fast))
 
     def gradient_of(tensor: Tensor, name: str) -> Float8:
         site = sites[name]

@@ -5,8 +5,9 @@ rounding of sums: the same values are rounded to the compute dtype in the same p
 added to ``.grad`` in the parameters' own dtype, so those of several micro-batches add up in
 float32, where autograd rounds each micro-batch's to the compute dtype first.
 
-With ``float8`` the matrix products inside the blocks take float8 operands (``block8``). The first
-step runs without it, to learn how large the values are (``scaling``). Evaluation never uses it.
+With ``float8`` the matrix products inside the blocks take float8 operands (``block8``), as its
+``Recipe`` says. The first step runs without it, to learn how large the values are (``scaling``).
+Evaluation never uses it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from tessera.model.fused.fp8 import amax_of
 from tessera.model.fused.gelu import Approximate
 from tessera.model.fused.head import head_loss
 from tessera.model.fused.norm import add_rms_norm, rms_norm_backward
+from tessera.model.fused.recipe import Recipe
 from tessera.model.fused.scaling import Scales, sites_of
 from tessera.model.fused.working import WorkingCopies, block_parameters
 from tessera.model.protogpt import ProtoGPT
@@ -52,7 +54,7 @@ class Engine:
         compute_dtype: torch.dtype,
         attention: AttentionBackend,
         *,
-        float8: bool = False,
+        float8: Recipe | None = None,
     ) -> None:
         """The model's own parameters receive the gradients. ``float8``: see the module.
 
@@ -66,17 +68,21 @@ class Engine:
         self._model, self._dtype, self._attention = model, compute_dtype, attention
         self._gelu: Approximate = "tanh" if model.shape.gelu == "tanh" else "none"
         self._blocks = [block_parameters(block) for block in model.blocks]
-        self._working = WorkingCopies(model, compute_dtype)
+        self._recipe = float8 or Recipe()
+        stochastic = self._recipe.stochastic_weights
+        self._working = WorkingCopies(model, compute_dtype, stochastic=stochastic)
         device = model.tokens.weight.device
         layers = len(self._blocks)
-        self._float8 = [float8] * layers
-        self._flags = torch.full((layers,), float(float8), device=device)
+        self._float8 = float8.blocks(layers) if float8 else [False] * layers
+        self._flags = torch.tensor(self._float8, dtype=torch.float32, device=device)
         self._scales: Scales | None = None
         if float8:
-            self._scales = Scales(sites_of(layers, eight.FORWARD, eight.BACKWARD), device)
             names = (*eight.FORWARD, *eight.BACKWARD)
+            dtypes = sites_of(layers, eight.FORWARD, eight.BACKWARD, float8.gradients)
+            self._scales = Scales(dtypes, device)
             sites = self._scales.sites
             self._sites = [{n: sites[f"{i}.{n}"] for n in names} for i in range(layers)]
+        self._steps, self._steps_kept = 0, torch.zeros(1, dtype=torch.int64, device=device)
         self._calibrated = self._in_step = self._fresh = False
         self._use8 = [False] * layers
 
@@ -93,7 +99,7 @@ class Engine:
         self._prepare_gradients()
         if not self._in_step:
             self._use8 = [on and self._calibrated for on in self._float8]
-            self._working.refresh(self._use8)
+            self._working.refresh(self._use8, self._steps)
             self._in_step = True
             self._fresh = True
         use8 = self._use8
@@ -114,6 +120,8 @@ class Engine:
         self._fresh = False
         if last:
             self._in_step = False
+            self._steps += 1
+            self._steps_kept += 1
             if self._scales is not None:
                 self._scales.update()
                 self._calibrated = True
@@ -169,8 +177,9 @@ class Engine:
         assert weights8 is not None
         sites = self._sites[number]
         return eight.backward(
-            dx, inner, weights, weights8, sites, grads, attention, dims, self._fresh
-        )
+            dx, inner, weights, weights8, sites, grads, attention, dims, self._fresh,
+            self._recipe.fast_gradients,
+        )  # fmt: skip
 
     def _watch(self, number: int) -> plain.Watch:
         """While nothing is known yet, what is larger than all before at a site is noted."""
@@ -195,11 +204,13 @@ class Engine:
         """What a checkpoint needs beside parameters and moments; restore them in place."""
         if self._scales is None:
             return {}
-        return self._scales.tensors() | {"fp8.layers": self._flags}
+        kept = self._scales.tensors() | {"fp8.layers": self._flags}
+        return kept | {"fp8.steps": self._steps_kept} if self._recipe.stochastic_weights else kept
 
     def restored(self) -> None:
         """To be called when ``tensors`` have been filled from a checkpoint."""
         self._in_step = False
+        self._steps = int(self._steps_kept)
         self._calibrated = self._scales is not None and self._scales.restored()
         self._float8 = [flag > 0 for flag in self._flags.tolist()]
 

@@ -113,9 +113,9 @@ def aligned_inverses(scales: Tensor) -> Tensor:
 
 
 def sites_of(
-    layers: int, forward: Iterable[str], backward: Iterable[str]
+    layers: int, forward: Iterable[str], backward: Iterable[str], gradients: torch.dtype
 ) -> dict[str, torch.dtype]:
-    """Names ``<layer>.<tensor>`` with e4m3 for activations and e5m2 for gradients (ibid.)."""
+    """Names ``<layer>.<tensor>`` with e4m3 for activations and ``gradients`` for gradients."""
     every = dict.fromkeys(forward, torch.float8_e4m3fn)
-    every |= dict.fromkeys(backward, torch.float8_e5m2)
+    every |= dict.fromkeys(backward, gradients)
     return {f"{layer}.{name}": dtype for layer in range(layers) for name, dtype in every.items()}

@@ -198,6 +198,7 @@ def _settings(basis: Basis, row: Measured) -> dict[str, Any]:
     settings: dict[str, Any] = dict(row.technique.settings)
     if basis.experiment.precision == "fp8" and not row.technique.float8:
         settings["precision"] = "bf16"
+        settings |= {"float8": None} if basis.experiment.float8 else {}
     if basis.experiment.attention != "auto" and not row.technique.fused:
         settings["attention"] = "auto"
     if row.technique.times != 1 and row.micro_batch is not None:

@@ -114,6 +114,8 @@ def applied(technique: Technique, experiment: Pretrain, device: torch.device) ->
     data: dict[str, Any] = {**dump(experiment), "precision": plain, **technique.settings}
     if not technique.fused:
         data["attention"] = "auto"
+    if not technique.float8:
+        data["float8"] = None
     size = experiment.batch.micro_batch
     if technique.times != 1:
         if size == "auto":

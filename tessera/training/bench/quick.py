@@ -1,7 +1,8 @@
 """A whole model's step from two shallow ones: time and memory are a line over the layers.
 
-Blocks are equal, so what a step takes is a part that does not depend on them (embedding, head,
-loss) and one part a block (its passes, its share of clip and optimiser).
+Blocks are equal (but for those that float8 leaves in bf16, which both have), so what a step takes
+is a part that does not depend on them (embedding, head, loss) and one part a block (its passes, its
+share of clip and optimiser).
 """
 
 from __future__ import annotations
@@ -51,9 +52,13 @@ class Projection:
     attention: str | None = None
 
 
-def depths(layers: int) -> tuple[int, ...]:
-    """Which numbers of layers to measure for a model of ``layers``."""
-    return (SHALLOW, DEEPER) if layers > DEEPER else (layers,)
+def depths(layers: int, kept: int = 0) -> tuple[int, ...]:
+    """Which numbers of layers to measure for a model of ``layers``.
+
+    ``kept`` of them are not like the others (``Pretrain.kept_in_bf16``), and in both.
+    """
+    shallow, deeper = SHALLOW + kept, DEEPER + kept
+    return (shallow, deeper) if layers > deeper else (layers,)
 
 
 def on_the_line(points: Sequence[tuple[int, float]], at: int) -> float:
@@ -113,7 +118,7 @@ def measure_quickly(
                 raise InputError(missing)
         measured = [
             Depth(layers, _at_depth(experiment, layers, batches, device, steps, ticked))
-            for layers in depths(experiment.model.layers)
+            for layers in depths(experiment.model.layers, experiment.kept_in_bf16)
         ]
         return project(measured, experiment.model.layers), None
     except Exception as error:  # as in the ladder

@@ -187,7 +187,8 @@ class Bench:
 
     def _quick(self, steps: int) -> None:
         experiment = with_micro_batch(self._experiment, self._device)
-        each = (QUICK_WARM_UP + steps) * len(depths(experiment.model.layers))
+        measured = depths(experiment.model.layers, experiment.kept_in_bf16)
+        each = (QUICK_WARM_UP + steps) * len(measured)
         self._measure_ceilings(_QUICK_REPETITIONS, others=False, rows=each)
         self._count.begin("training steps")
         projection, reason = measure_quickly(

@@ -2,10 +2,10 @@
 
     python -m tests.model.fused.hopper [module]
 
-Runs two fused steps of a model with the reference's widths, in bf16 and in float8, and an optimiser
-step, with launches that compile instead of running. Prints a JSON line for each kernel: registers,
-bytes of stack (spills, or arrays that left the registers) and of shared memory. What the steps
-compute meanwhile means nothing.
+Runs two fused steps of a model with the reference's widths, in bf16 and in float8 with gradients of
+either type, and an optimiser step, with launches that compile instead of running. Prints a JSON
+line for each kernel: registers, bytes of stack (spills, or arrays that left the registers) and of
+shared memory, types. What the steps compute meanwhile means nothing.
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ class Compiler:
         self.seen[key] = {
             "kernel": kernel.__name__, **_resources(made.asm["cubin"]),
             "shared": made.metadata.shared, "options": options, "constants": shown,
+            "tensors": {name: kind for name, kind in types.items() if kind.startswith("*")},
         }  # fmt: skip
         print(json.dumps(self.seen[key]), flush=True)
 
@@ -102,12 +103,13 @@ def launch_every_kernel() -> None:
     from tessera.model.fused.adamw import FusedAdamW
     from tessera.model.fused.attention import choose_backend
     from tessera.model.fused.engine import Engine
+    from tessera.model.fused.recipe import Recipe
     from tessera.model.protogpt import ProtoGPT
     from tessera.model.shape import ModelShape
 
     shape = ModelShape(layers=1, d_model=1536, heads=16, context=64, vocab_size=4096)
     ids = torch.zeros(1, 64, dtype=torch.int64)
-    for float8 in (False, True):
+    for float8 in (None, Recipe(), Recipe(gradients=torch.float8_e4m3fn)):
         model = ProtoGPT(shape)
         attention = choose_backend("math", ids.device, torch.bfloat16, shape.head_dim)
         engine = Engine(model, torch.bfloat16, attention, float8=float8)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tessera.model.fused.attention import choose_backend
 from tessera.model.fused.engine import Engine
+from tessera.model.fused.recipe import Recipe
 from tessera.model.fused.scaling import Scales, sites_of
 from tessera.model.fused.working import WorkingCopies
 from tessera.model.loss import IGNORE, summed_cross_entropy
@@ -55,7 +56,7 @@ def batches(count: int, B: int = 3, T: int = 37) -> list[Batch]:
     return made
 
 
-def engine_of(model: ProtoGPT, dtype: torch.dtype, *, float8: bool = False) -> Engine:
+def engine_of(model: ProtoGPT, dtype: torch.dtype, *, float8: Recipe | None = None) -> Engine:
     backend = choose_backend("math", CPU, dtype, model.shape.head_dim)
     return Engine(model, dtype, backend, float8=float8)
 
@@ -148,7 +149,7 @@ def test_float8_begins_with_a_step_of_the_compute_dtype_that_learns_the_scales()
     data = float8_data()
     plain = step(engine_of(model, torch.bfloat16), data)
     take_gradients(model)
-    engine = engine_of(model, torch.bfloat16, float8=True)
+    engine = engine_of(model, torch.bfloat16, float8=Recipe())
     assert torch.equal(step(engine, data), plain)
     take_gradients(model)
     assert not torch.equal(step(engine, data), plain), "the second step is in float8"
@@ -160,7 +161,7 @@ def test_float8_gradients_point_where_the_exact_ones_do() -> None:
     loss = by_autograd(exact, torch.float64, data)
     truth = take_gradients(exact)
     model = model_of(shape())
-    engine = engine_of(model, torch.bfloat16, float8=True)
+    engine = engine_of(model, torch.bfloat16, float8=Recipe())
     step(engine, data)
     take_gradients(model)
     assert step(engine, data).item() == pytest.approx(loss.item(), rel=5e-3)
@@ -174,7 +175,7 @@ def test_float8_gradients_point_where_the_exact_ones_do() -> None:
 def test_a_restored_engine_continues_to_the_bit() -> None:
     data = float8_data()
     model = model_of(shape())
-    engine = engine_of(model, torch.bfloat16, float8=True)
+    engine = engine_of(model, torch.bfloat16, float8=Recipe())
     for _ in range(3):
         take_gradients(model) if model.tokens.weight.grad is not None else None
         step(engine, data)
@@ -183,7 +184,7 @@ def test_a_restored_engine_continues_to_the_bit() -> None:
     whole = step(engine, data)
     wanted = take_gradients(model)
 
-    other = engine_of(model, torch.bfloat16, float8=True)
+    other = engine_of(model, torch.bfloat16, float8=Recipe())
     for name, tensor in other.tensors().items():
         tensor.copy_(saved[name])
     other.restored()
@@ -194,7 +195,7 @@ def test_a_restored_engine_continues_to_the_bit() -> None:
 
 def test_inverse_scales_lie_where_cublas_takes_them() -> None:
     """It refuses a scale whose address is no multiple of 16 bytes."""
-    scales = Scales(sites_of(3, ("a", "b"), ("c",)), torch.device("cpu"))
+    scales = Scales(sites_of(3, ("a", "b"), ("c",), torch.float8_e5m2), torch.device("cpu"))
     assert [site.inverse.data_ptr() % 16 for site in scales.sites.values()] == [0] * 9
     scales.sites["1.b"].amax.fill_(3.5)
     scales.update()
@@ -212,7 +213,7 @@ def test_inverse_scales_lie_where_cublas_takes_them() -> None:
 def test_half_a_step_that_is_discarded_leaves_no_trace() -> None:
     data = float8_data()
     model = model_of(shape())
-    engine = engine_of(model, torch.bfloat16, float8=True)
+    engine = engine_of(model, torch.bfloat16, float8=Recipe())
     step(engine, data)
     take_gradients(model)
     before = {name: tensor.clone() for name, tensor in engine.tensors().items()}
@@ -223,7 +224,7 @@ def test_half_a_step_that_is_discarded_leaves_no_trace() -> None:
     with torch.no_grad():
         model.tokens.weight.div_(50)
     take_gradients(model)
-    again = engine_of(model, torch.bfloat16, float8=True)
+    again = engine_of(model, torch.bfloat16, float8=Recipe())
     for name, tensor in again.tensors().items():
         tensor.copy_(before[name])
     again.restored()
@@ -237,7 +238,7 @@ def test_half_a_step_that_is_discarded_leaves_no_trace() -> None:
 def test_values_that_do_not_fit_are_counted_and_their_blocks_can_go_back() -> None:
     data = float8_data()
     model = model_of(shape())
-    engine = engine_of(model, torch.bfloat16, float8=True)
+    engine = engine_of(model, torch.bfloat16, float8=Recipe())
     step(engine, data)
     with torch.no_grad():
         block_of(model, 1).norm2.weight.mul_(20)
@@ -257,7 +258,7 @@ def test_values_that_do_not_fit_are_counted_and_their_blocks_can_go_back() -> No
 def test_a_value_that_is_no_number_reaches_the_loss_and_not_the_scales() -> None:
     data = float8_data()
     model = model_of(shape())
-    engine = engine_of(model, torch.bfloat16, float8=True)
+    engine = engine_of(model, torch.bfloat16, float8=Recipe())
     step(engine, data)
     take_gradients(model)
     sound = block_of(model, 0).norm1.weight.detach().clone()
@@ -277,4 +278,4 @@ def test_a_shape_that_float8_cannot_take_is_refused_in_one_sentence() -> None:
         norm_eps=1e-6,
     )  # fmt: skip
     with pytest.raises(ValueError, match=r"multiple of 16, and this one is 24; change it or"):
-        engine_of(model_of(odd), torch.bfloat16, float8=True)
+        engine_of(model_of(odd), torch.bfloat16, float8=Recipe())
