@@ -216,6 +216,7 @@ def steps_of(arguments: argparse.Namespace) -> int:
     """Of a whole run."""
     experiment = load_experiment(arguments.experiment, arguments.overrides)
     assert isinstance(experiment, Pretrain)
+    assert experiment.steps is not None, "curves are compared at their last step, so say tokens"
     return experiment.steps
 
 

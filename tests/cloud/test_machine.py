@@ -286,7 +286,7 @@ def test_silence_does_not_hold_the_start_up(
     monkeypatch.setattr("tessera.cloud.machine.PATIENCE_S", 0.5)
     began = time.monotonic()
     machine = describe_machine(environ=on(host, number, TESSERA_USD_PER_HOUR="1.5"))
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 6, "the client alone would take nine"
     assert machine.price.usd_per_hour == 1.5
     assert machine.price.note == "The provider did not answer within 0 s"
 

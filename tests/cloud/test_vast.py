@@ -292,7 +292,7 @@ def test_patience_ends_the_tries(monkeypatch: pytest.MonkeyPatch, vast: PretendV
     began = time.monotonic()
     with pytest.raises(ProviderError, match="was silent"):
         client.instances()
-    assert time.monotonic() - began < 2.0
+    assert time.monotonic() - began < 8.0, "50 tries would take 25 s"
 
 
 def test_a_port_where_nobody_listens_is_a_sentence() -> None:

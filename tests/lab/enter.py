@@ -1,4 +1,4 @@
-"""Into the lab's own namespaces of processes, network and mounts; nothing started there outlives it.
+"""The lab's own namespaces of processes, network and mounts; nothing started there outlives it.
 
 The kernel ends every process of a process namespace with its first, and that one with whoever
 started it: after Ctrl-C, a kill or a crash nothing is left running. A private /tmp keeps apart what
