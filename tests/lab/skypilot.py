@@ -68,7 +68,7 @@ class SkyPilot:
         self, *command: str, timeout: float = 120, more: dict[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
         """One command to its end; stdout and stderr together, as a terminal shows them."""
-        name = "-".join(word for word in command[:3] if word[:1].isalpha() and "/" not in word)
+        name = "-".join(word for word in command[:3] if word.isalpha()) or Path(command[0]).name
         log = self.logs / f"{next(self._count):03d}-{name}.log"
         began = time.monotonic()
         with log.open("w+") as file:
