@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from tessera.cli._exp_events import EVENTS
+from tessera.ledger.invoices import Invoice
 from tessera.promotion.records import holders, read_promotions
 from tessera.promotion.registry import interviews_of
 from tessera.runs import Run, read_text
 from tessera.storage import Root
 from tessera.tracking.checkpoints import summarise_checkpoints
 from tessera.tracking.history import RunHistory, bill_all, read_with_neighbours
+from tessera.tracking.invoices import read_invoices
 from tessera.tracking.queries import (
     RunSummary,
     summarise_attempts,
@@ -31,7 +34,8 @@ class Detail:
 def detail_of(root: Root, run: Run) -> Detail:
     """Read one run with its attempts, adapters and interviews."""
     history, others = read_with_neighbours(run)
-    bills = bill_all([history, *others])
+    invoices = read_invoices(root).found
+    bills = bill_all([history, *others], invoices)
     attempts = summarise_attempts(history, bills)
     record = run.record
     rest = {
@@ -41,6 +45,7 @@ def detail_of(root: Root, run: Run) -> Detail:
         "data": record.data,
         "attempt_list": [asdict(attempt) for attempt in attempts],
         "usd_by_category": usd_by_category(attempts),
+        "invoices": _invoices(invoices, history),
         "checkpoints": asdict(summarise_checkpoints(history)),
         "events": _events(history),
         "losses": [
@@ -51,6 +56,14 @@ def detail_of(root: Root, run: Run) -> Detail:
         "adapters": _adapters(root, run, history),
     }
     return Detail(summarise_history(history, bills), rest)
+
+
+def _invoices(
+    invoices: Mapping[tuple[str, str], Invoice], history: RunHistory
+) -> list[dict[str, Any]]:
+    """What is recorded of the run's instances; each may have carried other runs as well."""
+    places = dict.fromkeys((i.attempt.provider, i.attempt.instance) for i in history.attempts)
+    return [asdict(invoices[place]) for place in places if place in invoices]
 
 
 def _events(history: RunHistory) -> list[dict[str, Any]]:

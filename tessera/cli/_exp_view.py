@@ -19,6 +19,7 @@ from rich.table import Table
 
 from tessera.cli._exp_detail import Detail
 from tessera.cli._exp_events import worded
+from tessera.ledger.invoices import CATALOG
 from tessera.ledger.traffic import size
 from tessera.tracking.queries import TRAFFIC, RunSummary
 
@@ -32,7 +33,7 @@ _LEFT = frozenset({"run", "kind", "status", "base"})
 
 def show_list(rows: Sequence[RunSummary], aliases: Mapping[str, Mapping[str, str]]) -> None:
     """One row a run; on a narrow terminal the less important columns are left out and named."""
-    console = _console()
+    console = new_console()
     cells = [_cells(row, aliases.get(row.run_id, {})) for row in rows]
     names = list(cells[0])
     hidden = []
@@ -85,7 +86,7 @@ def _cells(row: RunSummary, aliases: Mapping[str, str]) -> dict[str, str]:
 
 def show_detail(detail: Detail) -> None:
     """Everything about one run, in blocks."""
-    console, row, rest = _console(), detail.summary, detail.rest
+    console, row, rest = new_console(), detail.summary, detail.rest
     console.print(f"[bold]{escape(row.run_id)}[/bold]  {row.kind}, {row.status}")
     reference = _cells(row, {})["reference"]
     _pairs(
@@ -95,6 +96,7 @@ def show_detail(detail: Detail) -> None:
             "tokens": count(row.tokens),
             "loss": f"final {loss(row.final_loss)}, best {loss(row.best_loss)}, {reference}",
             "cost": _cost(row),
+            **_billed(row, rest),
             "checkpoints": _checkpoints(row, rest["checkpoints"]),
             "time": f"{duration(row.wall_s)} in {plural(row.attempts, 'attempt')}",
             "speed": "-" if row.tokens_per_s is None else f"{row.tokens_per_s:,.0f} tokens/s",
@@ -103,14 +105,14 @@ def show_detail(detail: Detail) -> None:
             "commit": rest["commit"] or "-",
         },
     )
-    _table(
+    show_table(
         console,
         "attempts",
         ("attempt", "status", "device", "instance", "$/hour", "source", "time", "cost", "from"),
         [_attempt_cells(attempt) for attempt in rest["attempt_list"]],
     )
-    _table(console, "where it went", ("category", "time", "cost"), _spent_cells(detail))
-    _table(
+    show_table(console, "where it went", ("category", "time", "cost"), _spent_cells(detail))
+    show_table(
         console,
         "events" if len(rest["events"]) <= _EVENTS_SHOWN else f"last {_EVENTS_SHOWN} events",
         ("attempt", "step", "what happened"),
@@ -123,13 +125,13 @@ def show_detail(detail: Detail) -> None:
             for event in rest["events"][-_EVENTS_SHOWN:]
         ],
     )
-    _table(
+    show_table(
         console,
         "evaluations",
         ("step", "loss"),
         [[count(point["step"]), loss(point["loss"])] for point in rest["losses"][-12:]],
     )
-    _table(
+    show_table(
         console,
         "adapters",
         ("adapter", "step", "weights", "alias", "interviews"),
@@ -146,8 +148,33 @@ def _cost(row: RunSummary) -> str:
     )
     if row.traffic_usd > 0:
         traffic = dollars(row.traffic_usd, row.cost_estimated)
-        text += f", {traffic} of it for {size(row.traffic_bytes)} of traffic"
+        moved = size(row.traffic_bytes + row.traffic_down_bytes)
+        text += f", {traffic} of it for {moved} of traffic"
     return text
+
+
+def _billed(row: RunSummary, rest: Mapping[str, Any]) -> dict[str, str]:
+    """Both figures: the provider's and the ledger's, and what is not settled yet.
+
+    Nothing for a run that never left machines of one's own.
+    """
+    if all(attempt["provider"] == "local" for attempt in rest["attempt_list"]):
+        return {}
+    parts = []
+    if row.billed_usd is not None:
+        parts.append(
+            f"{dollars(row.billed_usd, False)} by the provider; the ledger's estimate was "
+            f"{dollars(row.ledger_usd, True)}"
+        )
+    for one in rest["invoices"]:
+        if one["source"] == CATALOG:
+            told = f"{dollars(one['usd'], True)} by the catalog, which is no bill"
+        elif one["partial"]:
+            told = f"{dollars(one['usd'], True)} so far"
+        else:
+            continue
+        parts.append(f"{one['provider']}/{one['instance']}: {told}")
+    return {"billed": "; ".join(parts) or "not reconciled"}
 
 
 def _checkpoints(row: RunSummary, saved: Mapping[str, Any]) -> str:
@@ -171,7 +198,8 @@ def _spent_cells(detail: Detail) -> list[list[str]]:
         if seconds > 0
     ]
     if row.traffic_usd > 0:
-        cells.append([TRAFFIC, "-", dollars(row.traffic_usd, row.cost_estimated)])
+        traffic = usd.get(TRAFFIC, row.traffic_usd)
+        cells.append([TRAFFIC, "-", dollars(traffic, row.cost_estimated)])
     return cells
 
 
@@ -182,7 +210,7 @@ def _attempt_cells(attempt: dict[str, Any]) -> list[str]:
         attempt["status"].replace("_", " ") + (" (end estimated)" if attempt["estimated"] else ""),
         attempt["device"],
         f"{attempt['provider']}/{attempt['instance']}",
-        "-" if price is None else f"{price:.3f}",
+        "-" if price is None else f"{price:.3f}" + (" moved" if attempt["price_changes"] else ""),
         attempt["price_source"],
         duration(attempt["ended_at"] - attempt["started_at"]),
         dollars(attempt["usd"], attempt["usd_estimated"]),
@@ -205,7 +233,10 @@ def _adapter_cells(adapter: dict[str, Any]) -> list[str]:
     ]
 
 
-def _table(console: Console, title: str, names: Sequence[str], rows: list[list[str]]) -> None:
+def show_table(
+    console: Console, title: str, names: Sequence[str], rows: Sequence[Sequence[str]]
+) -> None:
+    """A table with a title; nothing where there are no rows."""
     if not rows:
         return
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -230,7 +261,8 @@ def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, s
             yield f"{prefix}{key}", str(value)
 
 
-def _console() -> Console:
+def new_console() -> Console:
+    """As wide as the terminal; wide enough for figures where there is none."""
     columns = os.environ.get("COLUMNS", "")
     told = columns.isdigit() and int(columns) > 0  # rich reads it where it is given no width
     return Console(width=None if told or sys.stdout.isatty() else _LOG_WIDTH, highlight=False)

@@ -35,7 +35,7 @@ class Asked:
     experiment: str
     overrides: tuple[str, ...]
     gpu: str | None
-    budget: float | None
+    budget: tuple[float, str] | None
     managed: bool
     bid: float | None
     task: str | None
@@ -57,7 +57,7 @@ class Known:
 
 def learn(asked: Asked) -> Known:
     """Read everything and work the plan out. Raises ``InputError`` for what cannot be used."""
-    settings = load_experiment(asked.experiment, asked.overrides)
+    settings = load_experiment(asked.experiment, asked.overrides, asked.budget)
     card = _card(asked.gpu)
     file = task_file(settings, asked)
     if asked.bid is not None:
@@ -67,7 +67,7 @@ def learn(asked: Asked) -> Known:
     corpus, fingerprint, notes = _corpus(root, settings)
     own, unread = _own_runs(root)
     market = _market(file, card, asked.provider)
-    budget = asked.budget if asked.budget is not None else getattr(settings, "budget_usd", None)
+    budget = settings.budget_usd if isinstance(settings, Pretrain) else None
     plan = make_plan(
         settings,
         market.offers,

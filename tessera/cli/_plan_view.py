@@ -68,7 +68,7 @@ class Commands:
 
 def print_plan(plan: Plan, commands: Commands, limit: int) -> None:
     """Table, sentences, and the command of each offer, the cheapest in full."""
-    console = _console()
+    console = _console(_WIDTH if plan.budget_usd is None else _WIDTH + 12)
     console.print(_heading(plan), markup=False)
     if plan.lines:
         console.print(_table(plan, limit))
@@ -81,13 +81,15 @@ def print_plan(plan: Plan, commands: Commands, limit: int) -> None:
     _print_commands(console, plan, commands, limit)
 
 
-def _console() -> Console:
+def _console(width: int) -> Console:
     told = os.environ.get("COLUMNS", "").isdigit()
-    return Console(width=None if told or sys.stdout.isatty() else _WIDTH, highlight=False)
+    return Console(width=None if told or sys.stdout.isatty() else width, highlight=False)
 
 
 def _heading(plan: Plan) -> str:
     work, name = plan.work, plan.experiment.name
+    if work is None and plan.budget_usd is not None:
+        return f"{name}: as many tokens as ${plan.budget_usd:,.2f} pay for"
     if work is None:
         return f"{name}: fine-tuning"
     down, up = size(work.down_bytes), size(work.up_bytes)
@@ -105,7 +107,9 @@ def _table(plan: Plan, limit: int) -> Table:
         least = 20 if title == "offer" else None
         table.add_column(title, justify=side, no_wrap=title != "offer", min_width=least)
     if plan.budget_usd is not None:
-        table.add_column(f"${plan.budget_usd:,.0f} buys", justify="right", no_wrap=True)
+        table.add_column(
+            f"${plan.budget_usd:,.0f} pays", justify="right", no_wrap=True, min_width=9
+        )
     for number, line in enumerate(plan.lines[:limit], 1):
         table.add_row(*_row(number, line, plan))
     return table
@@ -167,6 +171,11 @@ def _sentences(plan: Plan) -> list[str]:
             "Not in the totals: minutes of provisioning and installation, lost machines, and what "
             "your bucket bills. ? is not told by the provider."
         )
+    if any(line.offer.source == "live" for line in plan.lines):
+        said.append(
+            "SkyPilot rents by type, so which of vast.ai's machines it takes is not chosen here; a "
+            "wrong GPU is refused on the machine, for minutes of its price (sky/README.md)."
+        )
     return [*said, *plan.notes]
 
 
@@ -211,6 +220,7 @@ def _offer(line: Line, commands: Commands) -> dict[str, Any]:
         "tokens_per_s": line.speed.tokens_per_s,
         "speed": line.speed.how,
         "speed_basis": line.speed.basis,
+        "tokens": line.tokens,
         "hours": line.hours,
         "machine_usd": line.machine_usd,
         "traffic_usd": line.traffic_usd,

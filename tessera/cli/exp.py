@@ -206,6 +206,65 @@ def promote(
     click.echo(f"with MLFLOW_TRACKING_URI={report.tracking_uri}")
 
 
+@exp.command(
+    epilog=epilog(
+        "tessera-exp reconcile",
+        "tessera-exp reconcile --yes --json | jq .idle_usd_per_hour",
+        "tessera-exp reconcile --provider vast --root s3://bucket/tessera",
+    )
+)
+@root_option
+@click.option("--provider", metavar="NAME", help="Only this one, such as vast; else all.")
+@click.option("--yes", is_flag=True, help="Record what was billed without asking.")
+@json_option
+def reconcile(root: str, provider: str | None, yes: bool, as_json: bool) -> int:
+    """Replace estimated dollars by what was billed, and find machines that bill for nobody.
+
+    vast.ai is asked for its charges and instances; SkyPilot's records of other providers are shown
+    as what they are, a catalog's price. Both figures are kept; run it as often as you like.
+
+    Exit codes: 0 nothing wrong; 3 a machine bills although no run uses it; 2 bad input or a damaged
+    record; 75 a provider did not answer.
+    """
+    from tessera.cli import _reconcile_view as view
+    from tessera.cli._reconcile import reconcile as compare
+    from tessera.cli._reconcile import record
+    from tessera.errors import InputError
+    from tessera.storage import open_root
+
+    store = open_root(root)
+    if store.is_absent():  # else every machine would seem to bill for nobody
+        raise InputError(f"No runs are in {place_named(store)}; correct --root or TESSERA_ROOT.")
+    found = compare(store, provider)
+    fresh = sum(line.fresh for line in found.lines)
+    if as_json:
+        if yes:
+            record(store, found.lines)
+        print_json(plain(view.as_document(found, recorded=yes)))
+    else:
+        view.show(found)
+        if fresh and (yes or _confirmed(fresh)):
+            click.echo(f"Recorded {record(store, found.lines)} in {store.url}/bills.")
+    for error in found.errors:
+        click.echo(f"Error: {error}", err=True)
+    code = _tell_damaged(found.damaged)
+    codes = [error.exit_code for error in found.errors]
+    return max(codes, default=0) or code or (_IDLE if found.idle else 0)
+
+
+_IDLE = 3
+
+
+def _confirmed(fresh: int) -> bool:
+    """Whether the person at the terminal wants them recorded; nobody there means no."""
+    import sys
+
+    if not sys.stdin.isatty():
+        click.echo(f"Nothing was recorded ({fresh} new); --yes records it.")
+        return False
+    return click.confirm(f"Record {fresh} of these, in place of the estimates?")
+
+
 def _sortable(value: Any) -> tuple[bool, Any]:
     unknown = value is None or value != value  # NaN differs from itself
     return unknown, 0 if unknown else value

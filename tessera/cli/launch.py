@@ -129,8 +129,8 @@ def _require_data(known: Known, base: str | None) -> None:
 
     if base is not None:
         raise InputError(base)
-    builds = "TESSERA_MANIFEST" in known.file.envs
-    if isinstance(known.settings, Pretrain) and known.fingerprint is None and not builds:
+    missing = known.fingerprint is None and not known.file.builds_corpus
+    if isinstance(known.settings, Pretrain) and missing:
         from tessera.corpus.manifest import resolve
 
         resolve(known.root, known.settings.data.corpus, known.settings.data.fingerprint)

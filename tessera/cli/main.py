@@ -31,6 +31,11 @@ _ELSEWHERE = {
     "corpus": ("tessera.cli.corpus", "corpus", "Build and verify token shards."),
     "launch": ("tessera.cli.launch", "launch", "Rent a machine and train there."),
     "plan": ("tessera.cli.plan", "plan", "What a run costs on what can be rented now."),
+    "preflight": (
+        "tessera.cli.preflight",
+        "preflight",
+        "Is this machine worth its price? Go or no-go.",
+    ),
     "interview": ("tessera.cli.interview", "interview", "Ask a voice the probes; show answers."),
 }
 
@@ -147,15 +152,23 @@ def _train(
     from tessera.cli.attempts import place_of
     from tessera.cloud.machine import describe_machine
     from tessera.training.session import train as run_training
+    from tessera.training.workplace import Instruments
 
     price = settings.price
     machine = describe_machine(
         experiment_price=price.usd_per_hour if price else None,
         experiment_traffic_price=price.usd_per_gb_up if price else None,
+        experiment_down_price=price.usd_per_gb_down if price else None,
+        ask=os.environ.get("RANK", "0") == "0",
     )
+    if machine.price.note:
+        click.echo(f"{machine.price.note}; its price is {machine.price.words}.", err=True)
     place = place_of(machine)
     hand_over()
-    result = run_training(settings, store, place, run_id=run_id, new=new, quiet=quiet)
+    instruments = Instruments(ask_price=machine.ask_price)
+    result = run_training(
+        settings, store, place, run_id=run_id, new=new, quiet=quiet, instruments=instruments
+    )
     if os.environ.get("RANK", "0") == "0":  # one of several workers speaks
         try:
             click.echo(f"{result.run.id}: {result.text}")

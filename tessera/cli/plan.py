@@ -28,7 +28,7 @@ def offer_options(function: F) -> F:
         ),
         click.option("--gpu", metavar="NAME", help="Another GPU than the task's: H200, H100 NVL."),
         click.option("--provider", metavar="NAME", help="Offers of this provider alone."),
-        click.option("--budget", type=float, metavar="USD", help="US dollars; also in the YAML."),
+        click.option("--budget", metavar="USD", help="US dollars that the run may cost."),
         click.option(
             "--managed", is_flag=True, help="As a managed job: lost machines are replaced."
         ),
@@ -81,16 +81,14 @@ def plan(experiment: str, limit: int, as_json: bool, **options: Any) -> None:
 
 def asked_for(experiment: str, options: dict[str, Any]) -> Asked:
     """The shared options as one value. Raises ``InputError`` for a budget that is none."""
-    import math
+    import os
 
     from tessera.cli._plan_inputs import Asked
-    from tessera.errors import InputError
+    from tessera.ledger.budget import BUDGET_VARIABLE, choose_budget
 
-    budget = options["budget"]
-    if budget is not None and not (math.isfinite(budget) and budget > 0):
-        raise InputError(f"--budget is {budget}; expected US dollars, such as 250.")
-    names = ("overrides", "gpu", "budget", "managed", "bid", "task", "provider", "root")
-    return Asked(experiment, **{name: options[name] for name in names})
+    budget = choose_budget(options["budget"], os.environ.get(BUDGET_VARIABLE))
+    names = ("overrides", "gpu", "managed", "bid", "task", "provider", "root")
+    return Asked(experiment, budget=budget, **{name: options[name] for name in names})
 
 
 def learn_from(experiment: str, options: dict[str, Any]) -> Known:
@@ -108,16 +106,19 @@ def commands_for(
     from tessera.cloud.launch import run_id_of
 
     gpu = known.file.needs(known.card).gpus > 0
+    # A task that builds its corpus first: the id must not change once it has done so.
+    fingerprint = None if known.file.builds_corpus else known.fingerprint
+    given = asked_for(experiment, options).budget
     return Commands(
         file=known.file,
         experiment=experiment,
         overrides=options["overrides"],
         gpu=options["gpu"],
         card=known.card,
-        budget_usd=options["budget"],
+        budget_usd=None if given is None else given[0],
         managed=options["managed"],
         bid=options["bid"],
         task=options["task"],
         provider=options["provider"],
-        run_id=run_id or run_id_of(known.settings, known.fingerprint, gpu=gpu),
+        run_id=run_id or run_id_of(known.settings, fingerprint, gpu=gpu),
     )

@@ -3,35 +3,61 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 _FIELDS = (
-    "name", "uuid", "driver_version", "power.limit", "power.default_limit",
-    "clocks.max.sm", "clocks.applications.graphics", "clocks.default_applications.graphics",
-    "memory.total", "memory.used",
+    "name", "uuid", "driver_version", "memory.total", "power.limit", "power.default_limit",
+    "clocks.max.sm",
 )  # fmt: skip
+_CLOCKS = ("clocks.applications.graphics", "clocks.default_applications.graphics")
 _PATIENCE_S = 60.0
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU. Watts, MHz and MiB; None where the driver tells none."""
+    """One GPU. MiB, watts and MHz; None where the driver tells none.
+
+    ``set_clock_mhz`` is what its owner lets it run at, ``default_clock_mhz`` what the maker does.
+    """
 
     name: str
     uuid: str
     driver: str
-    power_limit_w: float | None
-    default_power_limit_w: float | None
-    max_clock_mhz: float | None
-    set_clock_mhz: float | None
-    default_clock_mhz: float | None
-    memory_mib: float | None
-    used_mib: float | None
+    memory_mib: float | None = None
+    power_limit_w: float | None = None
+    default_power_limit_w: float | None = None
+    max_clock_mhz: float | None = None
+    set_clock_mhz: float | None = None
+    default_clock_mhz: float | None = None
 
 
 def list_gpus() -> tuple[list[Gpu], str]:
     """The GPUs that nvidia-smi lists, and, if it lists none, why: one clause."""
-    command = ["nvidia-smi", f"--query-gpu={','.join(_FIELDS)}", "--format=csv,noheader,nounits"]
+    rows, reason = _query(_FIELDS)
+    if not rows:
+        return [], reason
+    # Not every driver knows these, and one that is asked for what it does not know tells nothing.
+    clocks, _ = _query(_CLOCKS)
+    if len(clocks) != len(rows):
+        clocks = [["", ""] for _ in rows]
+    gpus = [
+        Gpu(*row[:3], *(_number(cell) for cell in (*row[3:], *more)))
+        for row, more in zip(rows, clocks, strict=True)
+    ]
+    return gpus, ""
+
+
+def summary(gpus: Sequence[Gpu]) -> str:
+    """``2 x NVIDIA H100 80GB HBM3``."""
+    names = list(dict.fromkeys(gpu.name for gpu in gpus))
+    counts = [f"{sum(gpu.name == name for gpu in gpus)} x {name}" for name in names]
+    return " and ".join(counts) or "no GPU"
+
+
+def _query(fields: Sequence[str]) -> tuple[list[list[str]], str]:
+    """A row of cells for each GPU; none, and why, where nvidia-smi does not answer with that."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=_PATIENCE_S, check=False
@@ -41,22 +67,11 @@ def list_gpus() -> tuple[list[Gpu], str]:
     except (OSError, subprocess.TimeoutExpired) as error:
         return [], f"nvidia-smi does not answer ({type(error).__name__})"
     rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines()]
-    gpus = [_parse(row) for row in rows if len(row) == len(_FIELDS)]
-    if done.returncode or not gpus:
+    rows = [row for row in rows if len(row) == len(fields)]
+    if done.returncode or not rows:
         said = " ".join((done.stdout + done.stderr).split())[:200].rstrip(".")
         return [], f"nvidia-smi lists no GPU ({said or 'it says nothing'})"
-    return gpus, ""
-
-
-def summary(gpus: list[Gpu]) -> str:
-    """``2 x NVIDIA H100 80GB HBM3``."""
-    names = list(dict.fromkeys(gpu.name for gpu in gpus))
-    counts = [f"{sum(gpu.name == name for gpu in gpus)} x {name}" for name in names]
-    return " and ".join(counts) or "no GPU"
-
-
-def _parse(row: list[str]) -> Gpu:
-    return Gpu(row[0], row[1], row[2], *(_number(cell) for cell in row[3:]))
+    return rows, ""
 
 
 def _number(cell: str) -> float | None:

@@ -12,12 +12,13 @@ costs is told beside the plan), and what the bucket itself bills.
 
 from __future__ import annotations
 
-import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tessera.cloud.offers import Offer
 from tessera.cloud.speeds import Measurement, Speed, published, speed_of
+from tessera.errors import InputError
 from tessera.experiment import Experiment, Pretrain
 from tessera.model.shape import ModelShape, parameters
 
@@ -40,48 +41,50 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Work:
-    """What a pretraining does, whichever machine does it. Bytes of the whole run."""
+    """What a pretraining of ``tokens`` does, whichever machine does it. Bytes of the whole run."""
 
     tokens: int
-    tokens_per_step: int
     epochs: float | None
     down_bytes: int
     checkpoint_bytes: int
     checkpoints: int
     up_bytes: int
     resume_bytes: int
-    steps_at_risk: float
+    tokens_at_risk: float
 
     @classmethod
-    def of(cls, experiment: Pretrain, corpus: Corpus | None) -> Work:
-        """Without a corpus the shards are taken to hold just the tokens asked for."""
+    def of(cls, experiment: Pretrain, corpus: Corpus | None, tokens: int) -> Work:
+        """Without a corpus the shards are taken to hold just these tokens."""
         count = parameters(ModelShape(**experiment.model.model_dump(exclude={"init_std"})))
-        every = experiment.checkpoint.every_steps
-        saves = experiment.steps // every
-        epochs = None if corpus is None else experiment.tokens / max(1, corpus.tokens)
-        shards = _TOKEN_BYTES * experiment.tokens if corpus is None else corpus.bytes
+        every, per_step = experiment.checkpoint.every_steps, experiment.batch.tokens_per_step
+        saves = tokens // per_step // every
+        epochs = None if corpus is None else tokens / max(1, corpus.tokens)
+        shards = _TOKEN_BYTES * tokens if corpus is None else corpus.bytes
         fits = shards <= experiment.data.cache_gib * 2**30
         passes = 1.0 if epochs is None else min(1.0, epochs) if fits else epochs
         state = _STATE_BYTES * count
         return cls(
-            tokens=experiment.tokens,
-            tokens_per_step=experiment.batch.tokens_per_step,
+            tokens=tokens,
             epochs=epochs,
             down_bytes=round(shards * passes),
             checkpoint_bytes=state,
             checkpoints=saves,
             up_bytes=saves * state + _MODEL_BYTES * count,
             resume_bytes=state + round(shards * min(1.0, passes) if fits else 0),
-            steps_at_risk=every / 2,
+            tokens_at_risk=every * per_step / 2,
         )
 
 
 @dataclass(frozen=True)
 class Line:
-    """One offer, worked out. US dollars; None: not known. ``total_usd`` adds up what is known."""
+    """One offer, worked out. US dollars; None: not known. ``total_usd`` adds up what is known.
+
+    ``tokens`` are the experiment's, else those that its budget buys here (``budget_tokens``).
+    """
 
     offer: Offer
     speed: Speed
+    tokens: int | None
     hours: float | None
     machine_usd: float | None
     traffic_usd: float | None
@@ -123,46 +126,88 @@ def make_plan(
     budget_usd: float | None = None,
     notes: Sequence[str] = (),
 ) -> Plan:
-    """Work every offer out; ``corpus`` is what the root holds, None if it is not known."""
-    work = Work.of(experiment, corpus) if isinstance(experiment, Pretrain) else None
-    lines = [_line(experiment, work, offer, measurements, budget_usd) for offer in offers]
+    """Work every offer out; ``corpus`` is what the root holds, None if it is not known.
+
+    Raises ``InputError`` for a pretraining that neither tokens nor a budget ends.
+    """
+    tokens = experiment.tokens if isinstance(experiment, Pretrain) else None
+    work = None
+    if isinstance(experiment, Pretrain) and tokens is not None:
+        work = Work.of(experiment, corpus, tokens)
+    elif isinstance(experiment, Pretrain) and budget_usd is None:
+        raise InputError(
+            f"{experiment.origin('tokens')}: neither tokens nor a budget ends the run, so it has "
+            "no price; give --budget, or --set tokens=..."
+        )
+    lines = [_line(experiment, corpus, offer, measurements, budget_usd) for offer in offers]
     lines.sort(key=_cheapest_first)
-    told = (*notes, *_remarks(experiment, work, corpus, lines, measurements))
+    told = (*notes, *_remarks(experiment, corpus, lines, measurements))
     return Plan(experiment, work, tuple(lines), told, budget_usd)
 
 
-def _cheapest_first(line: Line) -> tuple[bool, float, float]:
+def _cheapest_first(line: Line) -> tuple[bool, float, float, float]:
+    """By total; offers that one budget makes equal by how many tokens they give for it."""
     total = line.total_usd
-    return total is None, total or 0.0, line.offer.billed_usd_per_hour
+    cents = round(total or 0.0, 2)
+    only_budget = line.tokens is not None and line.tokens == line.budget_tokens
+    more = -float(line.tokens or 0) if only_budget else 0.0
+    return total is None, more, cents, line.offer.billed_usd_per_hour
 
 
 def _line(
     experiment: Experiment,
-    work: Work | None,
+    corpus: Corpus | None,
     offer: Offer,
     measurements: Sequence[Measurement],
     budget_usd: float | None,
 ) -> Line:
     speed = speed_of(experiment, offer.card, offer.all_gpus, measurements)
-    if work is None or speed.tokens_per_s is None:
-        return Line(offer, speed, None, None, None, None, None, None, None)
-    hours = work.tokens / speed.tokens_per_s / 3600
-    machine = hours * offer.usd_per_hour * offer.nodes
-    per_hour = offer.storage_usd_per_hour
-    storage = None if per_hour is None else hours * per_hour * offer.nodes
-    traffic = _traffic(offer, work.down_bytes * offer.nodes, work.up_bytes)
-    again = work.steps_at_risk * work.tokens_per_step / speed.tokens_per_s / 3600
+    rate = speed.tokens_per_s
+    if rate is None or not isinstance(experiment, Pretrain):
+        return Line(offer, speed, None, None, None, None, None, None, None, None)
+    bought = None
+    if budget_usd is not None:
+        bought = _bought(experiment, corpus, offer, rate, budget_usd)
+    tokens = experiment.tokens if experiment.tokens is not None else bought
+    assert tokens is not None, "make_plan refuses an experiment without either"
+    work = Work.of(experiment, corpus, tokens)
+    cost = _cost(work, offer, rate)
+    again = work.tokens_at_risk / rate / 3600 * offer.billed_usd_per_hour
     fetched = _traffic(offer, work.resume_bytes * offer.nodes, 0)
     return Line(
         offer=offer,
         speed=speed,
+        tokens=tokens,
+        hours=cost.hours,
+        machine_usd=cost.machine_usd,
+        traffic_usd=cost.traffic_usd,
+        storage_usd=cost.storage_usd,
+        total_usd=cost.total_usd,
+        loss_usd=again + (fetched or 0.0),
+        budget_tokens=bought,
+    )
+
+
+@dataclass(frozen=True)
+class _Cost:
+    hours: float
+    machine_usd: float
+    traffic_usd: float | None
+    storage_usd: float | None
+
+    @property
+    def total_usd(self) -> float:
+        return self.machine_usd + (self.traffic_usd or 0.0) + (self.storage_usd or 0.0)
+
+
+def _cost(work: Work, offer: Offer, tokens_per_s: float) -> _Cost:
+    hours = work.tokens / tokens_per_s / 3600
+    per_hour = offer.storage_usd_per_hour
+    return _Cost(
         hours=hours,
-        machine_usd=machine,
-        traffic_usd=traffic,
-        storage_usd=storage,
-        total_usd=machine + (traffic or 0.0) + (storage or 0.0),
-        loss_usd=again * offer.billed_usd_per_hour + (fetched or 0.0),
-        budget_tokens=None if budget_usd is None else _bought(work, offer, speed, budget_usd),
+        machine_usd=hours * offer.usd_per_hour * offer.nodes,
+        traffic_usd=_traffic(offer, work.down_bytes * offer.nodes, work.up_bytes),
+        storage_usd=None if per_hour is None else hours * per_hour * offer.nodes,
     )
 
 
@@ -172,46 +217,55 @@ def _traffic(offer: Offer, down_bytes: int, up_bytes: int) -> float | None:
     return (down_bytes * offer.usd_per_gb_down + up_bytes * offer.usd_per_gb_up) / _GB
 
 
-def _bought(work: Work, offer: Offer, speed: Speed, budget_usd: float) -> int:
-    """Tokens, in whole steps, that a budget pays for: all costs in proportion to the tokens.
+def _bought(
+    experiment: Pretrain,
+    corpus: Corpus | None,
+    offer: Offer,
+    tokens_per_s: float,
+    budget_usd: float,
+) -> int:
+    """Tokens, in whole steps, whose total stays within a budget. The total grows with the tokens.
 
-    The shards come down whole, however few of them are read: a cautious figure.
+    Nothing is kept back, while training keeps a reserve (``tessera.ledger.budget``).
     """
-    assert speed.tokens_per_s is not None
-    down = _traffic(offer, work.down_bytes * offer.nodes, 0) or 0.0
-    up = (_traffic(offer, 0, work.up_bytes) or 0.0) / work.tokens
-    per_token = offer.billed_usd_per_hour / 3600 / speed.tokens_per_s + up
-    if per_token <= 0:
-        return work.tokens
-    steps = math.floor(max(0.0, budget_usd - down) / per_token / work.tokens_per_step)
-    return steps * work.tokens_per_step
+    per_step = experiment.batch.tokens_per_step
+
+    def total(steps: int) -> float:
+        work = Work.of(experiment, corpus, steps * per_step)
+        return _cost(work, offer, tokens_per_s).total_usd
+
+    if offer.billed_usd_per_hour <= 0:
+        return experiment.tokens or 0
+    seconds = budget_usd / offer.billed_usd_per_hour * 3600
+    most = int(seconds * tokens_per_s / per_step) + 1  # more than the machine alone would allow
+    steps = bisect_right(range(most + 1), budget_usd, key=total) - 1
+    return max(0, steps) * per_step
 
 
 def _remarks(
     experiment: Experiment,
-    work: Work | None,
     corpus: Corpus | None,
     lines: Sequence[Line],
     measurements: Sequence[Measurement],
 ) -> list[str]:
     """Sentences that a person should read before paying."""
     said = []
-    if work is None:
+    asked = experiment.tokens if isinstance(experiment, Pretrain) else None
+    asked = asked or next((line.tokens for line in lines if line.tokens), None)
+    if not isinstance(experiment, Pretrain):
+        said.append("Fine-tuning has not been measured on any GPU: prices an hour, no totals.")
+    elif corpus is not None and asked and asked > FEW_EPOCHS * corpus.tokens:
         said.append(
-            "Fine-tuning has not been measured on any GPU, so there are prices an hour and no "
-            "total; --budget limits it."
-        )
-    elif corpus is not None and work.epochs is not None and work.epochs > FEW_EPOCHS:
-        said.append(
-            f"Corpus {corpus.name} has {_count(corpus.tokens)} tokens to train on, and the "
-            f"experiment asks for {_count(work.tokens)}: {work.epochs:,.0f} epochs; build a larger "
+            f"Corpus {corpus.name} has {_count(corpus.tokens)} tokens to train on, and this run "
+            f"takes {_count(asked)}: {asked / max(1, corpus.tokens):,.0f} epochs; build a larger "
             "one, or lower `tokens`."
         )
     if isinstance(experiment, Pretrain):
-        cards = {line.offer.card: line for line in lines if line.speed.how == "projected"}
+        shown = [line for line in lines if line.speed.how == "projected"]
+        cards = {line.offer.card: line for line in reversed(shown)}  # the first of each
         for card, line in cards.items():
             if card and (told := published(experiment, card, line.offer.all_gpus, measurements)):
-                hours = experiment.tokens / told.tokens_per_s / 3600
+                hours = (line.tokens or 0) / told.tokens_per_s / 3600
                 said.append(
                     f"On an {card.name} the reference run's own code made {told.tokens_per_s:,.0f} "
                     f"tokens/s: {hours:,.1f} h. Ours is not measured there; `tessera preflight` on "

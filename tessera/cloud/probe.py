@@ -31,6 +31,10 @@ _WRONG_REGION = {
 }  # fmt: skip
 
 
+class ClockError(RetryElsewhereError):
+    """This machine's clock differs from the store's by more than the store bears."""
+
+
 @dataclass(frozen=True)
 class RootProbe:
     """What a root can do: bytes a second each way, seconds of one small request, the clocks.
@@ -174,9 +178,9 @@ def _require_clock(ahead_s: float | None) -> None:
         raise _skewed(ahead_s)
 
 
-def _skewed(ahead_s: float | None) -> RetryElsewhereError:
+def _skewed(ahead_s: float | None) -> ClockError:
     off = "differs from" if ahead_s is None else clock_named(ahead_s)
-    return RetryElsewhereError(
+    return ClockError(
         f"The clock of this machine {off} the store's, which refuses requests beyond "
         f"{LARGEST_SKEW_S:.0f} s; set it (timedatectl set-ntp true), or use another machine."
     )

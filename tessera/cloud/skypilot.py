@@ -12,6 +12,7 @@ import copy
 import datetime
 import io
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +43,8 @@ def require_skypilot() -> Any:
 
 def first_line(error: BaseException) -> str:
     """What SkyPilot says, in one line that can stand in a sentence."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # SkyPilot colours its sentences
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:120].rstrip(".: (")
 
 
@@ -74,6 +76,11 @@ class TaskFile:
         """Its environment; a variable without a value is empty."""
         found = self.config.get("envs") or {}
         return {str(k): "" if v is None else str(v) for k, v in found.items()}
+
+    @property
+    def builds_corpus(self) -> bool:
+        """Whether its job builds the corpus before it trains."""
+        return bool(self.envs.get("TESSERA_MANIFEST"))
 
     @property
     def nodes(self) -> int:

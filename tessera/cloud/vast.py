@@ -282,7 +282,7 @@ class VastClient:
                     method, path, params=params, json=body, timeout=timeout
                 )
             except httpx.TimeoutException:
-                raise _TryAgainError(f"was silent for {timeout:.0f} s") from None
+                raise _TryAgainError(f"was silent for {timeout:.2g} s") from None
             except httpx.TooManyRedirects:
                 self._fail("redirects in a circle")
             except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:

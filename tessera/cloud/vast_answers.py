@@ -114,6 +114,8 @@ class VastOffer(VastModel):
 class VastChargeItem(VastModel):
     """A part of a charge: ``type`` is gpu, disk, bandwidth or the like."""
 
+    model_config = ConfigDict(extra="allow", frozen=True)  # a bill is kept as it came
+
     type: Text = ""
     description: Text = ""
     amount: Amount = None
@@ -121,6 +123,8 @@ class VastChargeItem(VastModel):
 
 class VastCharge(VastModel):
     """What vast.ai billed for one contract; times in seconds of the epoch, dollars."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
 
     type: Text = ""
     source: Text = ""
@@ -130,6 +134,11 @@ class VastCharge(VastModel):
     amount: Amount = None
     metadata: dict[str, Any] | None = None
     items: list[VastChargeItem] | None = None
+
+    @property
+    def label(self) -> str:
+        """The instance's label, as far as the charge tells it."""
+        return _text((self.metadata or {}).get("label"))
 
     @property
     def instance(self) -> int | None:

@@ -30,6 +30,11 @@ def load_experiment(
     for override in overrides:
         _apply(data, override, origins)
     if budget is not None:
+        if data.get("kind") == "sft":
+            raise InputError(
+                f"{budget[1]}: a budget ends a pretraining, and {path} is a fine-tuning, which its "
+                "epochs end; leave the budget out."
+            )
         _merge(data, {"budget_usd": budget[0]}, budget[1], "", origins)
     _resolve_paths(data, origins)
     try:

@@ -231,8 +231,8 @@ class Forecaster:
         losses, lost, gaps = self._loss_paths(chance, working, seconds_per_step)
         price, slower = self._machine_paths(chance, working, losses)
         billed = working * slower + lost
-        usd = self.last.usd + billed * price
-        low, middle, high = map(float, np.quantile(usd, (LOW, 0.5, HIGH)))
+        total = self.last.usd + billed * price
+        low, middle, high = map(float, np.quantile(total, (LOW, 0.5, HIGH)))
         ends = [float(end) for end in np.quantile(3600 * (billed + gaps), (LOW, 0.5, HIGH))]
         if self.seen.losses == 0 and self.seen.price.moves == 0:  # nothing moves: carry it on
             left = 3600 * float(hours[0])

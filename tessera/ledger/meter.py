@@ -46,13 +46,18 @@ class Usage:
 
 @dataclass(frozen=True)
 class Bill:
-    """What one attempt owns: disjoint intervals, seconds and dollars (None: price unknown)."""
+    """What one attempt owns: disjoint intervals, seconds and dollars (None: price unknown).
+
+    ``billed_usd`` is its part of what the provider billed for machine and traffic; None where no
+    whole invoice is recorded.
+    """
 
     attempt: str
     intervals: tuple[Interval, ...]
     seconds: float
     usd: float | None
     estimated: bool
+    billed_usd: float | None = None
 
 
 @dataclass(frozen=True)

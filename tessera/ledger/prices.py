@@ -32,6 +32,13 @@ class HourlyPrice:
     source: str
     note: str = ""
 
+    @property
+    def words(self) -> str:
+        """Such as ``$2.16/h (catalog)``."""
+        if self.usd_per_hour is None:
+            return "not known"
+        return f"${self.usd_per_hour:g}/h ({self.source})"
+
 
 @dataclass(frozen=True)
 class TrafficPrice:

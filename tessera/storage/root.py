@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,8 @@ class Root:
             )
         kind = FolderStore if self.is_local else S3Store if is_s3 else FsspecStore
         self.store: Store = kind(fs, self.base, Caller(self.url, limits))
+        self._received = 0
+        self._received_lock = threading.Lock()
 
     def __repr__(self) -> str:
         return f"Root({self.url!r})"
@@ -77,7 +80,9 @@ class Root:
 
     def read_bytes(self, path: str) -> bytes:
         """The whole object; from S3 never bytes that neither an ETag nor a second read confirms."""
-        return self.store.read(_checked(path))
+        data = self.store.read(_checked(path))
+        self._note_received(len(data))
+        return data
 
     def read_json(self, path: str) -> Any:
         """The object, parsed; a torn or foreign file is an error that names it."""
@@ -139,7 +144,22 @@ class Root:
                     )
 
             self.store.fetch(path, temporary, check if sha256 is not None else None)
+            self._note_received(temporary.stat().st_size)
             os.replace(temporary, local)
+
+    def take_received(self) -> int:
+        """Bytes of the objects that came from a remote store since the last call; 0 of a folder.
+
+        An object that had to be read again, or was broken off, counts once or not at all.
+        """
+        with self._received_lock:
+            received, self._received = self._received, 0
+        return received
+
+    def _note_received(self, size: int) -> None:
+        if not self.is_local:
+            with self._received_lock:
+                self._received += size
 
     # -- writing ---------------------------------------------------------------------------------
 

@@ -45,7 +45,7 @@ def summarise_checkpoints(history: RunHistory) -> CheckpointSummary:
         bytes=sum(item.traffic_bytes for item in history.attempts),
         stall_s=stall,
         stall_share=stall / trained if trained > 0 else None,
-        usd=sum((item.traffic_usd for item in history.attempts), 0.0),
+        usd=sum((item.upload_usd for item in history.attempts), 0.0),
     )
 
 

@@ -10,17 +10,21 @@ every record up to its step is in the root, so the journals read later cover at 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from tessera.errors import DamagedError
+from tessera.ledger.invoices import Invoice
 from tessera.ledger.meter import Bill, Span, Usage, bill, file_seconds
-from tessera.ledger.traffic import UP_BYTES, count_bytes, traffic_usd
+from tessera.ledger.prices import PriceChange
+from tessera.ledger.traffic import DOWN_BYTES, UP_BYTES, count_bytes, traffic_usd
 from tessera.runs import OUTCOMES_DONE, Attempt, Ending, Run, Segment, scan_runs
 from tessera.storage import Root
+from tessera.tracking.invoices import Stay, read_invoices, with_invoices
 from tessera.tracking.journal import Kind, Record, last_record_time, read_journal
+from tessera.tracking.told import HOUR, LATE, corrected, late_quote, price_changes
 
 ALIVE_S = 90.0
 """An attempt without an ending lives if its last record is younger; uploads come every 30 s."""
@@ -35,8 +39,9 @@ _READERS = 8  # object stores answer slowly but many at once
 class AttemptHistory:
     """One attempt and its records; times in seconds since the epoch.
 
-    ``ended_at`` is what it said, else the time of its last record in the root (its own start if it
-    left none). ``estimated`` marks that figure for an attempt that is neither ended nor alive.
+    ``attempt`` has the prices that its provider told late, if it did. ``ended_at`` is what it said,
+    else the time of its last record in the root (its own start if it left none). ``estimated``
+    marks that figure for an attempt that is neither ended nor alive.
     """
 
     attempt: Attempt
@@ -56,22 +61,37 @@ class AttemptHistory:
         a = self.attempt
         return Usage(
             a.id, a.provider, a.instance, a.started_at, a.billed_from, self.ended_at,
-            a.usd_per_hour, self.estimated,
+            a.usd_per_hour, self.estimated, self.prices,
         )  # fmt: skip
+
+    @cached_property
+    def prices(self) -> tuple[PriceChange, ...]:
+        """When its price of an hour changed, and to what."""
+        return price_changes((record.time, record.number) for record in self._metrics(HOUR))
 
     @cached_property
     def traffic_bytes(self) -> int:
         """Bytes that it sent to the root; whatever became of the work, they are paid for."""
-        return count_bytes(
-            record.number
-            for record in self.records
-            if record.kind == "metric" and record.key == UP_BYTES
-        )
+        return count_bytes(record.number for record in self._metrics(UP_BYTES))
+
+    @cached_property
+    def traffic_down_bytes(self) -> int:
+        """Bytes that it fetched from the root."""
+        return count_bytes(record.number for record in self._metrics(DOWN_BYTES))
+
+    @property
+    def upload_usd(self) -> float:
+        """US dollars of what it sent; 0 where the attempt's traffic is not billed."""
+        return traffic_usd(self.traffic_bytes, self.attempt.usd_per_gb_up)
 
     @property
     def traffic_usd(self) -> float:
-        """US dollars of those bytes; 0 where the attempt's traffic is not billed."""
-        return traffic_usd(self.traffic_bytes, self.attempt.usd_per_gb_up)
+        """US dollars of its traffic, both ways."""
+        down = traffic_usd(self.traffic_down_bytes, self.attempt.usd_per_gb_down)
+        return self.upload_usd + down
+
+    def _metrics(self, key: str) -> Iterator[Record]:
+        return (line for line in self.records if line.kind == "metric" and line.key == key)
 
 
 @dataclass(frozen=True)
@@ -179,21 +199,34 @@ def read_history(run: Run, *, now: float | None = None, records: bool = True) ->
             last = attempt.started_at
         alive = ending is None and now - last < ALIVE_S
         ended_at = ending.ended_at if ending else last
-        attempts.append(AttemptHistory(attempt, ending, lines, ended_at, alive))
+        attempts.append(AttemptHistory(_as_told(attempt, lines), ending, lines, ended_at, alive))
     return RunHistory(run, lineage, tuple(attempts))
+
+
+def _as_told(attempt: Attempt, lines: Iterable[Record]) -> Attempt:
+    """``attempt`` with what its provider said later than at its start."""
+    told = (late_quote(r.value) for r in lines if r.kind == "event" and r.key == LATE)
+    quote = next((quote for quote in told if quote is not None), None)
+    return attempt if quote is None else corrected(attempt, quote)
 
 
 @dataclass(frozen=True)
 class Histories:
     """All runs of a root: those that can be read whole, oldest first, and what became of others.
 
-    ``damaged`` says by run id what is wrong; ``billable`` are damaged runs without their records,
-    as far as the bills of the whole ones need them.
+    ``damaged`` says by run id, or path of an invoice, what is wrong; ``billable`` are damaged runs
+    without their records, as far as the bills of the whole ones need them.
     """
 
     whole: tuple[RunHistory, ...]
     billable: tuple[RunHistory, ...]
     damaged: dict[str, DamagedError]
+    invoices: Mapping[tuple[str, str], Invoice]
+
+    @cached_property
+    def bills(self) -> dict[str, Bill]:
+        """Bills of all attempts, with what was billed where that is recorded."""
+        return bill_all([*self.whole, *self.billable], self.invoices)
 
 
 def read_histories(root: Root, *, now: float | None = None) -> Histories:
@@ -203,10 +236,13 @@ def read_histories(root: Root, *, now: float | None = None) -> Histories:
         read = list(pool.map(lambda run: _try_history(run, now), runs))
     damaged |= {run.id: error for run, (_, error) in zip(runs, read, strict=True) if error}
     found = [(history, error) for history, error in read if history is not None]
+    invoices = read_invoices(root)
+    damaged |= invoices.damaged
     return Histories(
         tuple(history for history, error in found if error is None),
         tuple(history for history, error in found if error is not None),
         dict(sorted(damaged.items())),
+        invoices.found,
     )
 
 
@@ -225,25 +261,43 @@ def read_with_neighbours(
 ) -> tuple[RunHistory, list[RunHistory]]:
     """One run, and the attempts of all others with no more records than the bill needs.
 
-    Others that are damaged are left out.
+    Others that are damaged are left out. Records of one that shared an instance with this run are
+    read, since an invoice of that instance is shared out by what each did there.
     """
     others = [other for other in scan_runs(run.root)[0] if other.id != run.id]
+    here = {(attempt.provider, attempt.instance) for attempt in run.attempts()}
+
+    def read(other: Run) -> RunHistory | None:
+        history = _try_history(other, now, records=False)[0]
+        places = (
+            {(i.attempt.provider, i.attempt.instance) for i in history.attempts} if history else {}
+        )
+        return _try_history(other, now)[0] if here.intersection(places) else history
+
     with ThreadPoolExecutor(_READERS) as pool:
-        neighbours = pool.map(lambda other: _try_history(other, now, records=False)[0], others)
+        neighbours = pool.map(read, others)
         return read_history(run, now=now), [found for found in neighbours if found is not None]
 
 
-def bill_all(histories: Iterable[RunHistory]) -> dict[str, Bill]:
+def bill_all(
+    histories: Iterable[RunHistory], invoices: Mapping[tuple[str, str], Invoice] | None = None
+) -> dict[str, Bill]:
     """Bills of all attempts together, since one instance may have carried several runs.
 
-    Keyed by ``run id/attempt id``: tokens of attempts are random, not unique by force.
+    Keyed by ``run id/attempt id``: tokens of attempts are random, not unique by force. ``invoices``
+    are by provider and instance; without them every figure is the ledger's.
     """
-    usages = []
-    for history in histories:
-        for item in history.attempts:
-            usage = item.usage
-            usages.append(Usage(**{**vars(usage), "attempt": f"{history.run.id}/{usage.attempt}"}))
-    return bill(usages)
+    items = {
+        f"{history.run.id}/{item.attempt.id}": item
+        for history in histories
+        for item in history.attempts
+    }
+    bills = bill(replace(item.usage, attempt=name) for name, item in items.items())
+    stays = {
+        name: Stay(item.attempt.provider, item.attempt.instance, bills[name], item.traffic_usd)
+        for name, item in items.items()
+    }
+    return with_invoices(stays, invoices or {})
 
 
 def bills_of(history: RunHistory, bills: dict[str, Bill]) -> list[tuple[AttemptHistory, Bill]]:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from tessera.errors import DamagedError
-from tessera.ledger.meter import CATEGORIES, Bill, total_usd
+from tessera.ledger.meter import CATEGORIES, Bill
 from tessera.ledger.traffic import plus_traffic
 from tessera.runs import (
     BUDGET,
@@ -30,6 +30,7 @@ from tessera.storage import Root
 from tessera.tracking.history import (
     ALIVE_S,
     SURE_PRICES,
+    AttemptHistory,
     RunHistory,
     bill_all,
     bills_of,
@@ -38,6 +39,7 @@ from tessera.tracking.history import (
     read_histories,
     read_with_neighbours,
 )
+from tessera.tracking.invoices import read_invoices
 from tessera.tracking.journal import Record
 
 Status = Literal["finished", "budget", "running", "died", "failed", "diverged", "preempted"]
@@ -57,9 +59,12 @@ class RunSummary:
 
     Losses are nats a token on the frozen evaluation. ``final_loss`` and ``best_loss`` leave the
     base's loss at step 0 of a fine-tuning out (it is ``base_loss``). ``cost_usd`` covers every
-    attempt's machine and traffic; ``cost_estimated`` says that an end or a price in it is one.
-    ``traffic_usd`` is the part of it for the ``traffic_bytes`` that were sent to the root (known
-    even where the machine's price is not). ``usd_per_mtok`` is dollars per million tokens.
+    attempt's machine and traffic: what the provider billed where that is recorded
+    (``tessera-exp reconcile``), else the ledger's figure, of which ``ledger_usd`` is the sum over
+    all; ``billed_usd`` is the billed part of it, None where nothing is. ``cost_estimated`` says
+    that an end or a price in it is one. ``traffic_usd`` is the ledger's part for the
+    ``traffic_bytes`` that were sent to the root and the ``traffic_down_bytes`` that came from it
+    (known even where the machine's price is not). ``usd_per_mtok`` is dollars per million tokens.
     ``wall_s`` adds up the attempts from start to end, ``seconds`` files what was billed by
     category. ``tokens_per_s`` counts the lineage's tokens over its seconds of training and waiting
     for data. ``step`` is covered by a checkpoint or the end, ``live_step`` is beyond it. Times are
@@ -84,8 +89,11 @@ class RunSummary:
     unigram_entropy: float | None
     cost_usd: float | None
     cost_estimated: bool
+    ledger_usd: float | None
+    billed_usd: float | None
     traffic_usd: float
     traffic_bytes: int
+    traffic_down_bytes: int
     usd_per_mtok: float | None
     wall_s: float
     tokens_per_s: float | None
@@ -112,14 +120,14 @@ def summarise_whole(
 ) -> tuple[list[RunSummary], dict[str, DamagedError]]:
     """Every run that can be read, oldest first, and what is wrong with the others, by run id."""
     read = read_histories(root, now=now)
-    bills = bill_all([*read.whole, *read.billable])
-    return [summarise_history(history, bills, now=now) for history in read.whole], read.damaged
+    return [summarise_history(history, read.bills, now=now) for history in read.whole], read.damaged
 
 
 def summarise_run(root: Root, run: Run, *, now: float | None = None) -> RunSummary:
     """One run; the bill still looks at all runs, for instances that several of them shared."""
     history, others = read_with_neighbours(Run(root, run.record), now=now)
-    return summarise_history(history, bill_all([history, *others]), now=now)
+    bills = bill_all([history, *others], read_invoices(root).found)
+    return summarise_history(history, bills, now=now)
 
 
 def summarise_history(
@@ -128,8 +136,9 @@ def summarise_history(
     """One run that was read already; ``bills`` is ``bill_all`` over all runs of the root."""
     record = history.run.record
     own = bills_of(history, bills)
-    traffic = sum((item.traffic_usd for item in history.attempts), 0.0)
-    cost = plus_traffic(total_usd(own_bill for _, own_bill in own), traffic)
+    spent = [_Spent.of(item, own_bill) for item, own_bill in own]
+    cost = _sum(each.usd for each in spent)
+    billed = [each.billed_usd for each in spent if each.billed_usd is not None]
     seconds = dict.fromkeys(CATEGORIES, 0.0)
     for item, own_bill in own:
         for name, value in file_attempt(history, item, own_bill).items():
@@ -160,9 +169,12 @@ def summarise_history(
         base_loss=base_loss,
         unigram_entropy=last_number(points, "eval/unigram_entropy"),
         cost_usd=cost,
-        cost_estimated=any(b.estimated for _, b in own) or not SURE_PRICES.issuperset(sources),
-        traffic_usd=traffic,
+        cost_estimated=any(each.estimated for each in spent),
+        ledger_usd=_sum(each.ledger_usd for each in spent),
+        billed_usd=sum(billed) if billed else None,
+        traffic_usd=sum((item.traffic_usd for item in history.attempts), 0.0),
         traffic_bytes=sum(item.traffic_bytes for item in history.attempts),
+        traffic_down_bytes=sum(item.traffic_down_bytes for item in history.attempts),
         usd_per_mtok=cost / tokens * 1e6 if cost is not None and tokens else None,
         wall_s=sum(max(0.0, i.ended_at - i.attempt.started_at) for i in history.attempts),
         tokens_per_s=_speed(history, tokens),
@@ -172,6 +184,40 @@ def summarise_history(
         devices=tuple(dict.fromkeys(item.attempt.device for item in history.attempts)),
         seconds=seconds,
     )
+
+
+@dataclass(frozen=True)
+class _Spent:
+    """Dollars of one attempt, machine and traffic: by the ledger, and as billed."""
+
+    ledger_usd: float | None
+    billed_usd: float | None
+    unsure: bool
+
+    @classmethod
+    def of(cls, item: AttemptHistory, own: Bill) -> _Spent:
+        unsure = own.estimated or item.attempt.price_source not in SURE_PRICES
+        return cls(plus_traffic(own.usd, item.traffic_usd), own.billed_usd, unsure)
+
+    @property
+    def usd(self) -> float | None:
+        """What counts."""
+        return self.ledger_usd if self.billed_usd is None else self.billed_usd
+
+    @property
+    def estimated(self) -> bool:
+        """Whether what counts rests on an estimate."""
+        return self.billed_usd is None and self.unsure
+
+
+def _sum(figures: Iterable[float | None]) -> float | None:
+    """None as soon as one is not known."""
+    total = 0.0
+    for figure in figures:
+        if figure is None:
+            return None
+        total += figure
+    return total
 
 
 def _losses(kind: str, points: Sequence[Record]) -> tuple[list[float], float | None]:
@@ -248,7 +294,8 @@ class AttemptSummary:
 
     ``estimated``: nobody told the end; ``usd_estimated``: that or the price is a guess.
     ``seconds`` are billed seconds by category. ``usd`` is for those and for the traffic, so that
-    the attempts' add up to the run's; None where nobody told the price of an hour.
+    the attempts' add up to the run's; None where nobody told the price of an hour. It is
+    ``billed_usd`` where that is known, else ``ledger_usd``.
     """
 
     attempt: str
@@ -264,10 +311,17 @@ class AttemptSummary:
     ended_at: float
     estimated: bool
     resumed_from: int | None
+    machine: str
+    price_note: str
+    price_changes: int
     usd: float | None
     usd_estimated: bool
+    ledger_usd: float | None
+    billed_usd: float | None
     usd_per_gb_up: float
+    usd_per_gb_down: float
     traffic_bytes: int
+    traffic_down_bytes: int
     traffic_usd: float
     seconds: dict[str, float]
 
@@ -276,7 +330,7 @@ def summarise_attempts(history: RunHistory, bills: dict[str, Bill]) -> list[Atte
     """The attempts of a run, in order; ``bills`` is ``bill_all`` over all runs of the root."""
     found = []
     for item, own in bills_of(history, bills):
-        a, ending = item.attempt, item.ending
+        a, ending, spent = item.attempt, item.ending, _Spent.of(item, own)
         status = ending.outcome.lower() if ending else "running" if item.alive else "died"
         found.append(
             AttemptSummary(
@@ -293,10 +347,17 @@ def summarise_attempts(history: RunHistory, bills: dict[str, Bill]) -> list[Atte
                 ended_at=item.ended_at,
                 estimated=own.estimated,
                 resumed_from=a.resumed_from.step if a.resumed_from else None,
-                usd=plus_traffic(own.usd, item.traffic_usd),
-                usd_estimated=own.estimated or a.price_source not in SURE_PRICES,
+                machine=a.machine,
+                price_note=a.price_note,
+                price_changes=len(item.prices),
+                usd=spent.usd,
+                usd_estimated=spent.estimated,
+                ledger_usd=spent.ledger_usd,
+                billed_usd=spent.billed_usd,
                 usd_per_gb_up=a.usd_per_gb_up,
+                usd_per_gb_down=a.usd_per_gb_down,
                 traffic_bytes=item.traffic_bytes,
+                traffic_down_bytes=item.traffic_down_bytes,
                 traffic_usd=item.traffic_usd,
                 seconds=file_attempt(history, item, own),
             )
@@ -307,13 +368,20 @@ def summarise_attempts(history: RunHistory, bills: dict[str, Bill]) -> list[Atte
 def usd_by_category(attempts: Sequence[AttemptSummary]) -> dict[str, float] | None:
     """Dollars by category of the ledger and ``traffic``, over all attempts.
 
-    They add up to the run's cost; None if a price is unknown.
+    They add up to the run's cost; None if a price is unknown. Within an attempt the machine's
+    dollars are filed by seconds, at its mean price; a bill moves traffic and machine alike.
     """
     total = dict.fromkeys((*CATEGORIES, TRAFFIC), 0.0)
     for attempt in attempts:
-        if attempt.usd_per_hour is None:
+        if attempt.usd is None:
             return None
-        total[TRAFFIC] += attempt.traffic_usd
-        for name, seconds in attempt.seconds.items():
-            total[name] += seconds * attempt.usd_per_hour / 3600
+        scale = attempt.usd / attempt.ledger_usd if attempt.ledger_usd else 0.0
+        traffic = attempt.traffic_usd * scale
+        total[TRAFFIC] += traffic
+        seconds = sum(attempt.seconds.values())
+        if seconds <= 0:
+            total["idle"] += attempt.usd - traffic
+            continue
+        for name, filed in attempt.seconds.items():
+            total[name] += (attempt.usd - traffic) * filed / seconds
     return total

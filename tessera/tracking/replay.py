@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from tessera.runs import Segment
 from tessera.storage import Root, canonical_json, sha256_bytes
-from tessera.tracking.history import RunHistory, bill_all, read_histories
+from tessera.tracking.history import RunHistory, read_histories
 from tessera.tracking.queries import RunSummary, summarise_history
 from tessera.tracking.server import Server, connect, quiet, sentences
 from tessera.tracking.view import (
@@ -108,7 +108,6 @@ def sync(
     """
     started = time.monotonic()
     read = read_histories(root)
-    bills = bill_all([*read.whole, *read.billable])
     bases = {history.run.id: history.run.record.base for history in read.whole}
     chosen = bases.keys() if only is None else {*only, *(_base_id(bases.get(i)) for i in only)}
     for name, error in read.damaged.items():
@@ -122,7 +121,7 @@ def sync(
         for number, history in enumerate(sorted(wanted, key=_bases_first)):
             if progress is not None:
                 progress(number, len(wanted), history.run.id)
-            summary = summarise_history(history, bills)
+            summary = summarise_history(history, read.bills)
             parent = synced.get(summary.base or "")
             parent_id = parent.mlflow_run_id if parent else None
             synced[history.run.id] = _Replayed(server, history, summary, parent_id).sync(known)

@@ -53,6 +53,7 @@ from tessera.training.mute import MuteJournal
 from tessera.training.parallel import World
 from tessera.training.preemption import RETRY, StopRequest
 from tessera.training.pretrain import first_plan
+from tessera.training.price_watch import PriceWatch, follow_price
 from tessera.training.program import Program, compiles
 from tessera.training.progress import ProgressLine, dollars
 from tessera.training.replica import Loss, Replica
@@ -110,7 +111,8 @@ class Trainer:
         try:
             loop = self._loop(attempt, journal, start)
             try:
-                loop.run()
+                with follow_price(self._price_watch(loop, attempt, journal)):
+                    loop.run()
             except GoBackError as cause:
                 rollback = self._go_back(loop, attempt, cause)
                 outcome = Ending(ROLLED_BACK, 0, 0.0, start.step, rollback.reason)
@@ -154,6 +156,12 @@ class Trainer:
             if outcome.outcome in OUTCOMES_DONE and self.world.local_rank == 0:
                 shutil.rmtree(local_folder(self.run), ignore_errors=True)  # 12 GB nobody needs now
         return outcome
+
+    def _price_watch(self, loop: Loop, attempt: Attempt, journal: Journal) -> PriceWatch | None:
+        ask = self.instruments.ask_price
+        if ask is None or loop.cost is None:
+            return None
+        return PriceWatch(ask, attempt, loop.cost, journal, lambda: loop.done, self.line.say)
 
     def _go_back(self, loop: Loop, attempt: Attempt, cause: GoBackError) -> Rollback:
         """Decide and record where the run continues; ``DivergedError`` if it may not go back."""
@@ -282,8 +290,8 @@ class Trainer:
             return Ending(FINISHED, 0, 0.0, loop.done, text)
         here, anywhere = loop.saver.local_step, loop.saver.root_step
         text = (
-            f"Stopped by {self.stop.signal} at step {loop.done} of {_steps(self.program)}; {again} "
-            f"continues at step {max(here, anywhere)}"
+            f"Stopped by {self.stop.signal} at step {loop.done} of {_number(self.program)}; "
+            f"{again} continues at step {max(here, anywhere)}"
         )
         if anywhere < here:
             text += " on this machine, earlier on another"
@@ -317,10 +325,10 @@ def _build_replica(program: Program, world: World, loss: Loss) -> Replica:
 def _opening(attempt: Attempt, program: Program, created: bool, start: Start) -> str:
     done = start.step
     if created:
-        what = f"new run, {_steps(program)} steps"
+        what = f"new run, {_steps(program)}"
     elif start.loaded is not None:
         where = "this machine's disk" if start.loaded.local else "the root"
-        what = f"continuing at step {done} of {_steps(program)} from {where}"
+        what = f"continuing at step {done} of {_number(program)} from {where}"
         what += f" (attempt {attempt.number})"
     else:
         what = f"starting again, no checkpoint yet (attempt {attempt.number})"
@@ -335,12 +343,16 @@ def _opening(attempt: Attempt, program: Program, created: bool, start: Start) ->
     return f"{what}; {count:,} trainable parameters on {devices}; {price}"
 
 
+def _number(program: Program) -> str:
+    return _steps(program).removesuffix(" steps")
+
+
 def _steps(program: Program) -> str:
     """How many steps there will be, as far as that is known."""
     if program.plan.known:
-        return str(program.steps)
+        return f"{program.steps} steps"
     assert isinstance(program.experiment, Pretrain)
-    return f"as many as ${program.experiment.budget_usd:g} pay for,"
+    return f"as many steps as {dollars(program.experiment.budget_usd)} pay for"
 
 
 def _formula(program: Program, peak: Peak) -> str:

@@ -31,8 +31,9 @@ from tessera.training.progress import ProgressLine, dollars
 
 PLANNED, STOPPED = "budget/planned", "budget/stopped"
 LOCAL = "local"
-MEASURED = 2
-"""Log intervals that a plan needs: the first of an attempt is slower than the others."""
+MEASURED, MEASURED_AGAIN = 2, 5
+"""Log intervals of an attempt before it moves a plan: the first ones are slow, and where another
+attempt had a plan already there is no hurry. The very first plan is made at once."""
 CHECKPOINT_BYTES, MODEL_BYTES = 12, 4  # a parameter: weights and two moments; the published weights
 
 
@@ -79,7 +80,7 @@ class BudgetKeeper:
         self._cost, self._pace, self._clock, self._recorded = cost, pace, clock, recorded
         self._gb_up = attempt.usd_per_gb_up if remote else 0.0
         self._usd, self._schedule = experiment.budget_usd, experiment.schedule
-        self._deadline = float("inf")
+        self._deadline, self._begun_at = float("inf"), 0
         self.stopped = ""
 
     @property
@@ -89,6 +90,7 @@ class BudgetKeeper:
 
     def begin(self, done: int) -> None:
         """Before the first step: a run that has spent its money ends at once."""
+        self._begun_at = done
         self._look(done, self._world.run_on_main(self._facts))
 
     def log_point(self, done: int) -> None:
@@ -127,12 +129,12 @@ class BudgetKeeper:
 
         return self._world.run_on_main(pays)
 
-    def bounded(self, found: Forecast, usd_per_hour: float) -> Forecast:
+    def bounded(self, found: Forecast, usd: float, usd_per_hour: float) -> Forecast:
         """A forecast, knowing that the end moves with the money; rank 0's."""
         limit, budget = self._experiment.steps, self._budget(usd_per_hour)
-        if limit is not None and self._program.steps >= limit:  # tokens end it, as far as one sees
-            return found.within(0.0, budget.line_usd)
-        return found.within(budget.aim_usd, budget.line_usd)
+        tokens_end_it = limit is not None and self._program.steps >= limit
+        aim = 0.0 if tokens_end_it else budget.aim_usd
+        return found.within(max(aim, usd), max(budget.line_usd, usd))
 
     def seconds_for_saving(self) -> float:
         """How long the last save and its upload may take: half of the reserve."""
@@ -176,7 +178,8 @@ class BudgetKeeper:
 
     def _decide(self, done: int, facts: Facts) -> Plan:
         now = self._program.plan
-        if facts.usd_per_step is None or self._pace.seen < MEASURED:
+        needed = MEASURED_AGAIN if self._begun_at else MEASURED
+        if facts.usd_per_step is None or (now.known and self._pace.seen < needed):
             return now
         budget = self._budget(facts.usd_per_hour)
         last = (self._pace.seconds_of("evaluate") or 0.0) * facts.usd_per_hour / 3600
@@ -207,7 +210,9 @@ class BudgetKeeper:
             reserve_usd=budget.reserve_usd, planned_end=self._program.steps,
         )  # fmt: skip
         self._line.say(f"{self.stopped}: stopping at step {done}")
-        self._take(done, replace(self._program.plan, end_step=done), facts)
+        now = self._program.plan
+        plan = replace(now, end_step=done, decay_start=min(now.decay_start, done))
+        self._take(done, plan, facts)
 
     def _take(self, done: int, plan: Plan, facts: Facts) -> None:
         first = not self._program.plan.known
@@ -221,7 +226,7 @@ class BudgetKeeper:
             reserve_usd=self._budget(facts.usd_per_hour).reserve_usd,
             followed=done <= self._recorded.upto,
         )  # fmt: skip
-        if first:
+        if first and not self.stopped:
             self._line.say(_sentence(done, plan, facts, self._budget(facts.usd_per_hour)))
 
 

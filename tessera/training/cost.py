@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 
 from tessera.errors import DamagedError
 from tessera.ledger.meter import Usage, bill, total_usd
-from tessera.ledger.traffic import UP_BYTES, count_bytes, plus_traffic, traffic_usd
+from tessera.ledger.prices import PriceChange, Quote
+from tessera.ledger.traffic import plus_traffic, traffic_usd
 from tessera.runs import Attempt, Run, scan_runs
 from tessera.tracking.journal import last_record_time
+from tessera.tracking.told import corrected
+from tessera.training.earlier import NOTHING, Past, read_past
 
-_READERS = 8  # object stores answer slowly but many at once; a segment is at most 4 MB
 
-
-def usage_of(run: Run, attempt: Attempt, ended_at: float | None) -> Usage:
+def usage_of(
+    run: Run, attempt: Attempt, ended_at: float | None, prices: tuple[PriceChange, ...] = ()
+) -> Usage:
     """The billed life of an attempt; without an ending it is estimated by the last heartbeat."""
     estimated = ended_at is None
     if ended_at is None:
@@ -31,6 +32,7 @@ def usage_of(run: Run, attempt: Attempt, ended_at: float | None) -> Usage:
         ended_at=max(ended_at, attempt.started_at),
         usd_per_hour=attempt.usd_per_hour,
         estimated=estimated,
+        prices=prices,
     )
 
 
@@ -39,14 +41,13 @@ class RunningCost:
 
     Attempts of other runs on this instance are read once, at the start: what they own of the
     instance's bill (a pretraining before this fine-tuning, say) is not this run's. So are the
-    journals of this run's earlier attempts whose traffic was billed; this attempt's own traffic is
-    told as it happens (``add_traffic``).
+    journals of this run's earlier attempts whose traffic was billed or whose price was followed;
+    this attempt's own traffic and prices are told as they happen. Safe to share among threads.
     """
 
     def __init__(self, run: Run, attempt: Attempt) -> None:
         here = (attempt.provider, attempt.instance)
-        self._earlier: list[Usage] = []
-        before: list[Attempt] = []
+        earlier: list[tuple[Run, Attempt, float | None]] = []
         for other_run in scan_runs(run.root)[0]:
             try:
                 endings, attempts = other_run.endings(), other_run.attempts()
@@ -61,13 +62,19 @@ class RunningCost:
                 ):
                     continue
                 ended = endings[other.id].ended_at if other.id in endings else None
-                self._earlier.append(usage_of(other_run, other, ended))
-                if mine:
-                    before.append(other)
+                earlier.append((other_run, other, ended))
+        past = read_past(run, [other for its_run, other, _ in earlier if its_run.id == run.id])
+        self._earlier = [
+            usage_of(its_run, *_as_told(other, ended, past.get(other.id, NOTHING)))
+            for its_run, other, ended in earlier
+        ]
         self._run, self._attempt = run, attempt
-        self._traffic_before = earlier_traffic_usd(run, before)
-        self._sent = 0
+        self._traffic_before = sum(found.traffic_usd for found in past.values())
+        self._sent = self._received = 0
+        self._prices: tuple[PriceChange, ...] = ()
         self._lock = threading.Lock()
+
+    # -- what happens ------------------------------------------------------------------------------
 
     def add_traffic(self, sent: int) -> float:
         """Count ``sent`` bytes that this attempt uploaded; returns their dollars. From any thread.
@@ -78,61 +85,53 @@ class RunningCost:
             self._sent += sent
         return traffic_usd(sent, self._attempt.usd_per_gb_up)
 
+    def add_download(self, received: int) -> None:
+        """Count bytes that this attempt fetched: what is recorded as ``traffic/down_bytes``."""
+        with self._lock:
+            self._received += received
+
+    def note_price(self, usd_per_hour: float, at: float) -> None:
+        """From ``at`` (seconds since the epoch) on an hour of this machine costs so much."""
+        with self._lock:
+            self._prices = (*self._prices, (at, usd_per_hour))
+
+    def correct(self, quote: Quote) -> None:
+        """The provider said late what this instance costs; see ``tessera.tracking.told``."""
+        with self._lock:
+            self._attempt = corrected(self._attempt, quote)
+
+    # -- what it comes to --------------------------------------------------------------------------
+
     @property
     def usd_per_hour(self) -> float | None:
-        """What an hour of this machine costs now."""
-        return self._attempt.usd_per_hour
+        """What an hour of this machine costs, as far as it was last told; None: nobody told."""
+        with self._lock:
+            return max(self._prices)[1] if self._prices else self._attempt.usd_per_hour
 
     @property
     def traffic_usd(self) -> float:
-        """Dollars of the run's traffic up to now; 0 where it is not billed."""
-        return self._traffic_before + traffic_usd(self._sent, self._attempt.usd_per_gb_up)
+        """Dollars of the run's traffic up to now, both ways; 0 where it is not billed."""
+        with self._lock:
+            attempt, sent, received = self._attempt, self._sent, self._received
+        up = traffic_usd(sent, attempt.usd_per_gb_up)
+        return self._traffic_before + up + traffic_usd(received, attempt.usd_per_gb_down)
 
     def usd(self) -> float | None:
         """Dollars of the run up to now, for machines and traffic."""
-        bills = bill([*self._earlier, usage_of(self._run, self._attempt, time.time())])
+        with self._lock:
+            attempt, prices = self._attempt, self._prices
+        bills = bill([*self._earlier, usage_of(self._run, attempt, time.time(), prices)])
         mine = [item for name, item in bills.items() if name.startswith(f"{self._run.id}/")]
         return plus_traffic(total_usd(mine), self.traffic_usd)
 
 
+def _as_told(
+    attempt: Attempt, ended: float | None, past: Past
+) -> tuple[Attempt, float | None, tuple[PriceChange, ...]]:
+    better = attempt if past.quote is None else corrected(attempt, past.quote)
+    return better, ended, past.prices
+
+
 def earlier_traffic_usd(run: Run, attempts: Sequence[Attempt]) -> float:
-    """Dollars of all that ``attempts`` sent to the root, by their journals.
-
-    Costs one listing an attempt and one read a segment, eight at a time, and nothing at all for
-    attempts whose traffic was free. A line is parsed only if it names the metric: a segment of
-    4 MB takes milliseconds. Broken lines are passed over; ``tessera-exp`` names such damage.
-    """
-    billed = [attempt for attempt in attempts if attempt.usd_per_gb_up > 0]
-    if not billed:
-        return 0.0
-    with ThreadPoolExecutor(_READERS) as pool:
-        listed = list(pool.map(lambda a: run.root.files(run.path("journal", a.id)), billed))
-        read = [pool.map(lambda path: _uploads(run.root.read_bytes(path)), p) for p in listed]
-        total = 0.0
-        for attempt, segments in zip(billed, read, strict=True):
-            sent = {number: value for found in segments for number, value in found.items()}
-            total += traffic_usd(count_bytes(sent.values()), attempt.usd_per_gb_up)
-    return total
-
-
-def _uploads(segment: bytes) -> dict[int, float]:
-    """Bytes of each upload that a journal segment tells of, by the record's sequence number."""
-    found: dict[int, float] = {}
-    for line in _lines_with(segment, f'"{UP_BYTES}"'.encode()):
-        try:
-            record = json.loads(line)
-            if record["kind"] == "metric" and record["key"] == UP_BYTES:
-                found[int(record["seq"])] = float(record["value"])
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            continue  # a torn last line, or damage
-    return found
-
-
-def _lines_with(data: bytes, text: bytes) -> Iterator[bytes]:
-    """The lines of ``data`` that contain ``text``; the others are not even cut out."""
-    at = data.find(text)
-    while at >= 0:
-        end = data.find(b"\n", at)
-        end = len(data) if end < 0 else end
-        yield data[data.rfind(b"\n", 0, at) + 1 : end]
-        at = data.find(text, end)
+    """Dollars of all that ``attempts`` sent and received, by their journals."""
+    return sum(found.traffic_usd for found in read_past(run, attempts).values())

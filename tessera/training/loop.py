@@ -34,6 +34,8 @@ from tessera.training.checkpoint.publish import guard_publication
 from tessera.training.checkpoint.saver import Saver
 from tessera.training.checkpoint.state import training_state
 from tessera.training.clock import SpanClock
+from tessera.training.cost import RunningCost
+from tessera.training.downloads import count_downloads
 from tessera.training.interval import Interval
 from tessera.training.optim import set_learning_rate
 from tessera.training.outlook import Outlook
@@ -94,6 +96,11 @@ class Loop:
             program, session.attempt, self._pace, self._now, (state or {}).get("forecast")
         )
 
+    @property
+    def cost(self) -> RunningCost | None:
+        """What the run costs so far; None but on the rank that keeps the journal."""
+        return self._cost
+
     def run(self) -> int:
         """Train until the last step or a stop request; everything due is published on the way.
 
@@ -101,6 +108,7 @@ class Loop:
         """
         self._s.journal.span("setup", time.time() - self._s.attempt.started_at, self.done)
         self._clock = SpanClock(self._s.journal)
+        count_downloads(self._s, self._cost, self.done)
         if self._program.device.type == "cuda":
             with self._clock.filing("checkpoint"):
                 self.saver.prepare(self._tensors())
@@ -253,6 +261,7 @@ class Loop:
     def _log(self) -> None:
         loss = self._settle()
         self._clock.report(self.done)
+        count_downloads(self._s, self._cost, self.done)
         interval, journal, step = self._interval, self._s.journal, self.done
         usd = self._cost.usd() if self._cost else None
         if math.isfinite(loss):

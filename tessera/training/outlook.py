@@ -52,7 +52,7 @@ class Outlook:
         point = Point(self._attempt.number, step, hours, usd, usd_per_hour)
         self._forecaster.observe(point, seconds, steps)
         found = self._forecaster.forecast(steps - step, seconds)
-        return found if budget is None else budget.bounded(found, usd_per_hour)
+        return found if budget is None else budget.bounded(found, usd, usd_per_hour)
 
     @staticmethod
     def record(journal: Journal, found: Forecast | None, step: int) -> None:

@@ -139,7 +139,7 @@ class ProgressLine:
 
 def at_the_end(at: Standing) -> str:
     """Such as ``$315 at the end (80 %: 305-327)``."""
-    if at.usd_interval is None or at.usd_at_end is None:
+    if at.usd_interval is None or at.usd_at_end is None or at.step == at.steps:
         return f"{dollars(at.usd_at_end)} at the end"
     low, high = at.usd_interval
     if low >= 100:  # cents say nothing any more

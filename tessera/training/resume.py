@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from tessera.errors import DamagedError, DivergedError
 from tessera.runs import Attempt, CheckpointRef, Ending, Rollback, Run
 from tessera.tracking.journal import Record, read_journal
+from tessera.tracking.told import HOUR, price_changes
 from tessera.training.checkpoint.fetch import Loaded
 from tessera.training.checkpoint.publish import guard_publication
 from tessera.training.stability import GoBackError, Range, Skips
@@ -45,8 +46,17 @@ def lost_work(run: Run, step: int) -> Lost | None:
         return None
     seconds = sum(r.number for r in records if r.kind == "span" and r.step > step)
     seconds += _unfiled(records, step, ending)
-    usd = None if last.usd_per_hour is None else last.usd_per_hour * seconds / 3600
+    price = _last_price(last, records)
+    usd = None if price is None else price * seconds / 3600
     return Lost(last.id, reached - step, seconds, usd)
+
+
+def _last_price(attempt: Attempt, records: Sequence[Record]) -> float | None:
+    """What an hour cost when the attempt ended."""
+    told = price_changes(
+        (r.time, r.number) for r in records if r.kind == "metric" and r.key == HOUR
+    )
+    return max(told)[1] if told else attempt.usd_per_hour
 
 
 def _unfiled(records: Sequence[Record], step: int, ending: Ending | None) -> float:

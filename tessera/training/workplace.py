@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from tessera.ledger.prices import AskPrice
 from tessera.model.peak import Peak
 from tessera.runs import Attempt, Run
 from tessera.storage import Root
@@ -20,11 +21,13 @@ from tessera.training.progress import ProgressLine
 class Instruments:
     """What time and money are read from: ``clock`` in seconds from any moment, ``cost_of`` a run.
 
+    ``ask_price`` asks the provider what this machine costs now; None where there is nobody to ask.
     A simulation brings its own.
     """
 
     clock: Callable[[], float] = time.monotonic
     cost_of: Callable[[Run, Attempt], RunningCost] = RunningCost
+    ask_price: AskPrice | None = None
 
 
 REAL = Instruments()

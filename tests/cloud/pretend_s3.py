@@ -1,13 +1,15 @@
-"""A store that answers every request with one refusal, or with a clock of its own."""
+"""A store in memory that refuses some methods, or has a clock of its own."""
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, urlsplit
 
 
 @contextmanager
@@ -15,21 +17,49 @@ def pretend_s3(
     refuse: str = "", methods: str = "GET HEAD PUT POST DELETE", ahead_s: float = 0.0
 ) -> Iterator[dict[str, str]]:
     """The environment that names it; ``methods`` are answered 403 with the code ``refuse``."""
+    objects: dict[str, bytes] = {}
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def answer(self) -> None:
-            length = int(self.headers.get("Content-Length") or 0)
-            self.rfile.read(length)
-            refused = bool(refuse) and self.command in methods.split()
-            body = f"<Error><Code>{refuse}</Code><Message>no</Message></Error>" if refused else ""
-            self.send_response_only(403 if refused else 200)
+            sent = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            if refuse and self.command in methods.split():
+                self.reply(403, f"<Error><Code>{refuse}</Code></Error>".encode())
+                return
+            address = urlsplit(self.path)
+            prefix = parse_qs(address.query).get("prefix", [""])[0]
+            if "list-type" in address.query:
+                bucket = address.path.rstrip("/")
+                keys = [k for k in objects if k.startswith(f"{bucket}/{prefix}")]
+                found = "".join(
+                    f"<Contents><Key>{k[len(bucket) + 1 :]}</Key></Contents>" for k in keys
+                )
+                self.reply(
+                    200,
+                    f"<ListBucketResult>{found}<IsTruncated>false</IsTruncated>"
+                    "</ListBucketResult>".encode(),
+                )
+            elif self.command == "PUT":
+                objects[address.path] = sent
+                self.reply(200, b"", sent)
+            elif self.command == "DELETE":
+                objects.pop(address.path, None)
+                self.reply(204)
+            elif address.path in objects:
+                self.reply(200, objects[address.path], objects[address.path])
+            else:
+                self.reply(404, b"<Error><Code>NoSuchKey</Code></Error>")
+
+        def reply(self, status: int, body: bytes = b"", tagged: bytes | None = None) -> None:
+            self.send_response_only(status)
             self.send_header("Date", formatdate(time.time() + ahead_s, usegmt=True))
             self.send_header("Content-Length", str(len(body)))
+            if tagged is not None:
+                self.send_header("ETag", f'"{hashlib.md5(tagged).hexdigest()}"')
             self.end_headers()
             if self.command != "HEAD":
-                self.wfile.write(body.encode())
+                self.wfile.write(body)
 
         def __getattr__(self, name: str) -> object:
             if name.startswith("do_"):

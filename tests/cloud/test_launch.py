@@ -171,7 +171,7 @@ def test_what_the_job_is_handed(vast: PretendVast, root: Root) -> None:
 def test_what_did_not_start_leaves_nothing_that_bills(
     vast: PretendVast, root: Root, after: bool
 ) -> None:
-    error = RuntimeError("Failed to provision:\nno machine answered")
+    error = RuntimeError("\x1b[31mFailed to provision:\x1b[0m\nno machine answered")
     fault = {"fails_after_renting" if after else "fails": error}
     with pytest.raises(RetryElsewhereError) as caught:
         launch(order(), root, Pretend(vast, **fault), lambda _: None, wait_s=0)  # type: ignore[arg-type]

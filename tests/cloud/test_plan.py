@@ -9,6 +9,7 @@ import pytest
 from tessera.cloud.offers import Offer
 from tessera.cloud.plan import Corpus, Plan, Work, make_plan
 from tessera.cloud.speeds import shipped
+from tessera.errors import InputError
 from tessera.experiment import Pretrain, load_experiment
 from tests.cloud.offered import H100, H200, other
 
@@ -22,6 +23,10 @@ def reference(*overrides: str) -> Pretrain:
     found = load_experiment(REPOSITORY / "experiments" / "tessera_1b.yaml", overrides)
     assert isinstance(found, Pretrain)
     return found
+
+
+def work_of(corpus: Corpus) -> Work:
+    return Work.of(reference(), corpus, TOKENS)
 
 
 def planned(*offers: Offer, corpus: Corpus | None = None, budget: float | None = None) -> Plan:
@@ -45,19 +50,19 @@ def test_every_part_of_a_total() -> None:
 
 
 def test_shards_come_once_if_the_cache_holds_them_and_every_epoch_if_not() -> None:
-    fits = Work.of(reference(), Corpus("c", TOKENS // 10, 5 * GB))
+    fits = work_of(Corpus("c", TOKENS // 10, 5 * GB))
     assert fits.epochs == pytest.approx(10)
     assert fits.down_bytes == 5 * GB
-    large = Work.of(reference(), Corpus("c", TOKENS // 10, 50 * GB))
+    large = work_of(Corpus("c", TOKENS // 10, 50 * GB))
     assert large.down_bytes == pytest.approx(500 * GB)
-    part = Work.of(reference(), Corpus("c", TOKENS * 10, 490 * GB))
+    part = work_of(Corpus("c", TOKENS * 10, 490 * GB))
     assert part.down_bytes == pytest.approx(49 * GB)  # a tenth of the corpus is ever asked for
 
 
 def test_a_resume_fetches_the_state_and_what_the_cache_held() -> None:
-    work = Work.of(reference(), Corpus("c", TOKENS // 10, 5 * GB))
+    work = work_of(Corpus("c", TOKENS // 10, 5 * GB))
     assert work.resume_bytes == 12 * PARAMETERS + 5 * GB
-    assert work.steps_at_risk == 1000
+    assert work.tokens_at_risk == 1000 * 65536
     (line,) = planned(H100, corpus=Corpus("c", TOKENS // 10, 5 * GB)).lines
     again = 1000 * 65536 / 74739 / 3600 * 2.05
     assert line.loss_usd == pytest.approx(again + work.resume_bytes / GB * 0.02)
@@ -88,15 +93,33 @@ def test_what_the_provider_does_not_tell_is_left_out_and_marked() -> None:
 
 
 def test_a_budget_buys_whole_steps_and_no_more_than_it_pays_for() -> None:
-    (line,) = planned(H100, corpus=Corpus("c", TOKENS, 20 * GB), budget=100.0).lines
+    corpus = Corpus("c", TOKENS, 20 * GB)
+    (line,) = planned(H100, corpus=corpus, budget=100.0).lines
     assert line.budget_tokens is not None
     assert line.budget_tokens % 65536 == 0
     assert line.total_usd is not None
-    down = 20 * 0.02
-    share = (100.0 - down) / (line.total_usd - down)
-    assert line.budget_tokens == pytest.approx(share * TOKENS, abs=65536)
-    (poor,) = planned(H100, corpus=Corpus("c", TOKENS, 20 * GB), budget=0.1).lines
+    spent, more = (
+        make_plan(reference(f"tokens={tokens}"), [H100], shipped(), corpus=corpus).lines[0]
+        for tokens in (line.budget_tokens, line.budget_tokens + 65536)
+    )
+    assert spent.total_usd is not None
+    assert more.total_usd is not None
+    assert 99.5 < spent.total_usd <= 100.0 < more.total_usd
+    (poor,) = planned(H100, corpus=corpus, budget=0.01).lines
     assert poor.budget_tokens == 0
+
+
+def test_a_run_that_only_a_budget_ends_goes_where_it_gets_most_tokens() -> None:
+    open_ended = load_experiment(REPOSITORY / "experiments" / "tessera_1b_budget.yaml")
+    offers = [H200, H100]
+    plan = make_plan(open_ended, offers, shipped(), budget_usd=315.0)
+    assert plan.work is None
+    assert [line.offer.gpu for line in plan.lines] == ["H100 SXM", "H200"]
+    for line in plan.lines:
+        assert line.total_usd == pytest.approx(315.0, abs=0.5)
+        assert line.tokens == line.budget_tokens
+    with pytest.raises(InputError, match="neither tokens nor a budget"):
+        make_plan(open_ended, offers, shipped())
 
 
 def test_two_machines_cost_twice_and_fetch_twice() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from tessera.errors import InputError
 from tessera.ledger.forecast import forecast
+from tessera.ledger.invoices import invoice_path, share_out
 from tessera.ledger.meter import (
     CATEGORIES,
     Bill,
@@ -309,3 +311,97 @@ def test_a_forecast_without_a_price_has_time_only(
     found = forecast(steps_left=10, seconds_per_step=0.5, usd_so_far=so_far, usd_per_hour=price)
     assert (found.seconds_left, found.usd_at_end) == (5.0, None)
     assert math.isfinite(found.seconds_left)
+
+
+# -- a price that moves ----------------------------------------------------------------------------
+
+
+def test_each_second_costs_what_it_cost_then() -> None:
+    moving = usage("a", 0, 10, 100, prices=((60.0, 72.0), (40.0, 0.0)))
+    assert bill([moving])["a"].usd == pytest.approx(0.01 * 40 + 0.0 * 20 + 0.02 * 40)
+    late = usage("a", 0, 10, 100, prices=((500.0, 72.0),))
+    assert bill([late])["a"].usd == pytest.approx(1.0)
+    early = usage("a", 0, 10, 100, prices=((-5.0, 72.0),))
+    assert bill([early])["a"].usd == pytest.approx(2.0)
+
+
+def test_a_price_that_was_told_late_is_the_best_guess_for_what_came_before() -> None:
+    late = usage("a", 0, 10, 100, usd_per_hour=None, prices=((50.0, 36.0), (60.0, 72.0)))
+    assert bill([late])["a"].usd == pytest.approx(0.01 * 60 + 0.02 * 40)
+
+
+def test_a_price_moves_only_what_its_own_attempt_owns() -> None:
+    bills = bill([
+        usage("a", 0, 10, 50, prices=((30.0, 72.0),)),
+        usage("b", 0, 50, 100, prices=((90.0, 360.0),)),
+    ])  # fmt: skip
+    assert bills["a"].usd == pytest.approx(0.01 * 30 + 0.02 * 20)
+    assert bills["b"].usd == pytest.approx(0.01 * 40 + 0.1 * 10)
+
+
+_STEPS = st.lists(st.tuples(st.integers(-5, 70), st.sampled_from([0.0, 36.0, 72.0])), max_size=4)
+
+
+@given(_USAGES, st.lists(_STEPS, min_size=8, max_size=8), st.randoms(use_true_random=False))
+def test_steps_of_a_price_second_by_second(
+    usages: list[Usage], steps: list[list[tuple[int, float]]], dice: Any
+) -> None:
+    """Against an account that asks for every owned second what an hour cost then."""
+    moving = [replace(u, prices=tuple(s)) for u, s in zip(usages, steps, strict=False)]
+    bills = bill(moving)
+    for item in moving:
+        expected = 0.0
+        for start, end in bills[item.attempt].intervals:
+            for second in range(int(start), int(end)):
+                told = [(at, usd) for at, usd in item.prices if at <= second]
+                expected += (max(told)[1] if told else item.usd_per_hour or 0.0) / 3600
+        assert bills[item.attempt].usd == pytest.approx(expected)
+        assert bills[item.attempt].intervals == bill(usages)[item.attempt].intervals
+    shuffled = [replace(u, prices=tuple(dice.sample(u.prices, len(u.prices)))) for u in moving]
+    assert bill(shuffled) == bills
+
+
+def test_the_catalogs_price_stands_between_the_persons_and_the_experiments() -> None:
+    every: dict[str, Any] = {"variable": "2", "catalog": "3", "experiment": 4.0, "note": "why"}
+    assert choose_price(**every) == HourlyPrice(2.0, "TESSERA_USD_PER_HOUR", "why")
+    assert choose_price(catalog="3", experiment=4.0) == HourlyPrice(3.0, "catalog")
+    assert choose_price(provider=1.0, **every) == HourlyPrice(1.0, "provider")
+    with pytest.raises(InputError, match="TESSERA_CATALOG_USD_PER_HOUR is 'cheap'; expected US"):
+        choose_price(catalog="cheap")
+    assert choose_price(variable="2", catalog="cheap").source == "TESSERA_USD_PER_HOUR"
+    assert choose_price(catalog="2.5").words == "$2.5/h (catalog)"
+    assert choose_price().words == "not known"
+
+
+# -- invoices --------------------------------------------------------------------------------------
+
+
+def test_an_invoice_is_shared_out_by_the_ledgers_dollars() -> None:
+    assert share_out(3.0, {"a": (1.0, 9), "b": (2.0, 1)}) == pytest.approx({"a": 1, "b": 2})
+    assert share_out(3.0, {"a": (None, 10), "b": (2.0, 20)}) == pytest.approx({"a": 1, "b": 2})
+    assert share_out(3.0, {"a": (0.0, 10), "b": (0.0, 20)}) == pytest.approx({"a": 1, "b": 2})
+    assert share_out(3.0, {"a": (0.0, 0), "b": (None, 0)}) == {"a": 1.5, "b": 1.5}
+
+
+@given(
+    st.floats(0, 1e4),
+    st.dictionaries(
+        st.text(max_size=3),
+        st.tuples(st.none() | st.floats(0, 1e4), st.floats(0, 1e6)),
+        min_size=1,
+        max_size=5,
+    ),
+)
+def test_every_billed_dollar_is_somebodys(
+    usd: float, parts: dict[str, tuple[float | None, float]]
+) -> None:
+    shares = share_out(usd, parts)
+    assert shares.keys() == parts.keys()
+    assert sum(shares.values()) == pytest.approx(usd)
+    assert all(share >= 0 for share in shares.values())
+
+
+def test_an_instance_of_any_name_has_a_file_of_its_own() -> None:
+    assert invoice_path("vast", "C.9001") == "bills/vast/C.9001.json"
+    odd = invoice_path("lambda", "../mine/host 1")
+    assert odd == "bills/lambda/..%2Fmine%2Fhost%201.json"

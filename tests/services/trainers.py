@@ -28,7 +28,8 @@ _KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV", "PYTHONPATH"
 def base_environment() -> dict[str, str]:
     """What a command inherits: nothing of this project, of a cloud, or of MLflow."""
     kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
-    return kept | {"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    ours = {"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    return kept | ours | {"TESSERA_ENV_FILE": os.devnull}
 
 
 @dataclass(frozen=True)

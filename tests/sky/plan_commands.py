@@ -30,6 +30,8 @@ from tessera.cli.main import tessera  # noqa: E402
 from tests.services.vast import PretendVast  # noqa: E402
 
 REFERENCE = "experiments/tessera_1b.yaml"
+OPEN = "experiments/tessera_1b_budget.yaml"
+LINEAR = ["--set", "schedule={name: linear_decay, warmup_steps: 200}"]
 NOWHERE = str(Path.home() / "root")
 KEY = "5ecret-of-the-account"
 LONG = "an-experiment-with-a-long-name-00c0ffee"
@@ -133,13 +135,14 @@ def main() -> None:
     os.environ["NO_PROXY"] = "127.0.0.1"  # the pretend vast.ai is no network
     with PretendVast() as vast:
         os.environ |= {"VAST_URL": vast.url, "VAST_API_KEY": KEY}
-        answers["live"] = plan(REFERENCE, "--budget", "200")
+        answers["live"] = plan(OPEN, "--set", "tokens=24504827904", "--budget", "200")
+        answers["open"] = run("plan", OPEN, "--root", NOWHERE)
         answers["live_text"] = run("plan", REFERENCE, "--root", NOWHERE, "--limit", "2")
         answers["managed"] = plan(REFERENCE, "--managed")
         answers["lambda"] = plan(REFERENCE, "--provider", "lambda")
         answers["cpu"] = plan("experiments/smoke.yaml", "--task", "sky/smoke_cpu.yaml")
         answers["sft"] = plan("experiments/tessera_1b_sft.yaml")
-        answers["launched"] = launched("--budget", "200", "--set", "description=two words")
+        answers["launched"] = launched("--budget", "200", *LINEAR, "--set", "description=two words")
         answers["launched_managed"] = launched("--managed", "--bid", "1.25")
         unseeded = Path.home() / "unseeded.yaml"
         unseeded.write_text(UNSEEDED)
@@ -155,6 +158,7 @@ def main() -> None:
             ("plan", REFERENCE, "--provider", "azure"),
             ("plan", REFERENCE, "--bid", "1.2"),
             ("plan", REFERENCE, "--budget", "-1"),
+            ("plan", REFERENCE, "--budget", "200"),
             ("plan", REFERENCE, "--task", "sky/none.yaml"),
             ("plan", REFERENCE, "--task", REFERENCE),
             ("plan", "experiments/none.yaml"),

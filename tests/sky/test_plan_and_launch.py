@@ -47,9 +47,16 @@ def test_vast_s_live_offers_take_the_catalog_s_place(commands: Answers) -> None:
         best["machine_usd"] + best["traffic_usd"] + best["storage_usd"]
     )
     assert plan["budget_usd"] == 200.0
-    assert best["budget_tokens"] % plan["work"]["tokens_per_step"] == 0
+    assert best["budget_tokens"] % 65536 == 0
     assert best["budget_tokens"] > plan["work"]["tokens"]  # 154 dollars would do
     assert not [note for note in plan["notes"] if "catalog of vast.ai" in note]
+
+
+def test_a_budget_alone_says_what_it_buys(commands: Answers) -> None:
+    done = commands["open"]
+    assert done["code"] == 0
+    assert done["out"].startswith("tessera-1b-budget: as many tokens as $315.00 pay for")
+    assert "$315 pays" in done["out"]
 
 
 def test_what_a_person_reads(commands: Answers) -> None:
@@ -130,7 +137,7 @@ def test_the_task_of_a_launch_is_one_that_skypilot_would_rent(commands: Answers)
     assert task["resources"] == [["Vast", "1x-H100_SXM-32-65536", {"H100": 1}, 4.5, 200]]
     envs = task["envs"]
     assert envs["TESSERA_EXPERIMENT"] == "experiments/tessera_1b.yaml"
-    assert envs["TESSERA_SET"] == "'description=two words'"
+    assert envs["TESSERA_SET"].endswith(" 'description=two words'")
     assert envs["TESSERA_BUDGET_USD"] == "200"
     assert envs["TESSERA_CATALOG_USD_PER_HOUR"] == "1.87"
     assert envs["TESSERA_GPU"] == "H100 80GB HBM3"  # the YAML's own
@@ -159,7 +166,8 @@ def test_labels_of_machines_are_known_as_skypilot_makes_them(commands: Answers) 
         ("plan experiments/tessera_1b.yaml --gpu T4", "--gpu 'T4' is no GPU known here"),
         ("plan experiments/tessera_1b.yaml --provider azure", "it has offers of Lambda, RunPod"),
         ("plan experiments/tessera_1b.yaml --bid 1.2", "add --managed"),
-        ("plan experiments/tessera_1b.yaml --budget -1", "expected US dollars"),
+        ("plan experiments/tessera_1b.yaml --budget -1", "--budget"),
+        ("plan experiments/tessera_1b.yaml --budget 200", "a cosine has to know its last step"),
         ("plan experiments/tessera_1b.yaml --task sky/none.yaml", "does not exist"),
         (
             "plan experiments/tessera_1b.yaml --task experiments/tessera_1b.yaml",

@@ -27,6 +27,7 @@ from tessera.training.pretrain import PretrainProgram
 from tessera.training.program import Program, StepBatch
 from tessera.training.replica import Replica
 from tessera.training.sft import SftProgram
+from tests.training.simulated import Simulation
 
 Setter = Callable[[Any, str, Any], None]
 RARE = 1
@@ -56,6 +57,7 @@ class Disturbance:
     step is interrupted in its middle however slow the store is.
     With ``keep_up`` every save is over before the next step: steps here take milliseconds, and
     which of the checkpoints a slow store gets would depend on the hour.
+    ``simulated`` are the arguments of the ``Simulation`` that a launched process runs in.
     """
 
     nan: tuple[int, ...] = ()
@@ -65,6 +67,7 @@ class Disturbance:
     die_after_rollback: bool = False
     keep_up: bool = False
     halt_before: int = 0
+    simulated: dict[str, Any] | None = None
 
     def order(self) -> dict[str, Any]:
         """As JSON values for the launcher."""
@@ -89,6 +92,8 @@ class Disturbance:
             set_(Replica, "_local_loss", _with_nan(Replica._local_loss))
         if self.keep_up:
             set_(Saver, "save", and_finish(Saver.save))
+        if self.simulated is not None:
+            Simulation(**self.simulated).install(set_)
         if self.die_before:
             self._die_before_step(set_)
         if self.halt_before:
