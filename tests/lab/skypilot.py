@@ -50,6 +50,8 @@ class SkyPilot:
             "REQUESTS_CA_BUNDLE": str(self.bundle),
             "SKYPILOT_DISABLE_USAGE_COLLECTION": "1",
             "SKYPILOT_USER_ID": USER_HASH,
+            # As on a machine of that size: one controller process of managed jobs, not a dozen.
+            "SKYPILOT_POD_MEMORY_GB_LIMIT": "8",
         }
 
     def furnish(self) -> None:
