@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help demo test lint core-tests test-full chaos clean
+.PHONY: help demo test lint core-tests test-full chaos lab clean
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/'
@@ -39,5 +39,9 @@ test-full: $(READY)  ## against real S3 servers (moto, rclone) behind a proxy th
 chaos: $(READY)  ## kill a trainer at 40 and more random moments on each of two faulty stores
 	$(BIN)/python -m tests.chaos $(CHAOS)
 
+# LAB='plain refused' runs these scenarios alone: docs/lab.md
+lab: $(READY)    ## rent from a pretended vast.ai with stock SkyPilot, preempt, refuse; Debian, as root
+	$(BIN)/python -m tests.lab $(LAB)
+
 clean:           ## remove the environment; .tessera (your runs) stays
-	rm -rf $(VENV) *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) .lab *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

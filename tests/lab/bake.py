@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -65,15 +66,13 @@ class Image:
 def bake() -> Image:
     """Install and fetch what is missing. Needs root, and the network where something is missing."""
     _install_packages()
-    pinned = [CHECKOUT / "constraints.txt", CHECKOUT / "pyproject.toml", Path(__file__)]
-    key = hashlib.sha256(b"".join(path.read_bytes() for path in pinned)).hexdigest()[:12]
-    image = Image(LAB / f"image-{key}")
+    image = Image(LAB / f"image-{_key()}")
     if image.folder.exists():
         return image
     for old in LAB.glob("image-*"):
         shutil.rmtree(old)
     # The reference's scripts know their own path: it is made in its place, the mark comes last.
-    making = Image(LAB / f"image-{key}.making")
+    making = Image(LAB / f"{image.folder.name}.making")
     _say("fetching the wheels that a task installs")
     _fetch_wheels(making)
     _say("making the instances' /root with SkyPilot's runtime")
@@ -82,6 +81,15 @@ def bake() -> Image:
     _make_reference(making)
     making.folder.rename(image.folder)
     return image
+
+
+def _key() -> str:
+    """Another one if anything that goes into the image is another."""
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())
+    needed = [*project["build-system"]["requires"], *project["project"]["dependencies"]]
+    texts = [(CHECKOUT / "constraints.txt").read_text(), Path(__file__).read_text()]
+    told = "\n".join([*needed, version("skypilot"), sys.version, *texts])
+    return hashlib.sha256(told.encode()).hexdigest()[:12]
 
 
 def _install_packages() -> None:

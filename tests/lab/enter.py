@@ -1,4 +1,4 @@
-"""The lab's own namespaces of processes, network and mounts; nothing started there outlives it.
+"""Into the lab's own namespaces: processes, network, mounts. Nothing started there outlives it.
 
 The kernel ends every process of a process namespace with its first, and that one with whoever
 started it: after Ctrl-C, a kill or a crash nothing is left running. A private /tmp keeps apart what
@@ -8,6 +8,7 @@ SkyPilot puts under fixed names there.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -30,11 +31,15 @@ def enter(arguments: list[str]) -> int:
     command = ["setpriv", "--pdeathsig", "KILL", "unshare", *namespaces, *first]
     environment = {**os.environ, _MARK: "1", "PYTHONPATH": str(CHECKOUT)}
     process = subprocess.Popen(command, cwd=CHECKOUT, env=environment)
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            continue  # the lab got it too, and is cleaning up
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        print("The lab was interrupted; nothing of it is left running.", file=sys.stderr)
+        return 130
+    finally:
+        process.kill()  # and with it everything inside
+        process.wait()
 
 
 def private_tmp(folder: Path) -> None:

@@ -79,8 +79,8 @@ class Lab:
         command += ["train", experiment, "--root", str(root.folder)]
         for setting in settings.split():
             command += ["--set", setting]
-        cache = {"TESSERA_CACHE": str(RUN / "undisturbed-cache")}
-        done = self.sky.run(*command, timeout=600, more=cache)
+        more = {"TESSERA_CACHE": str(RUN / "undisturbed-cache"), "OMP_WAIT_POLICY": "PASSIVE"}
+        done = self.sky.run(*command, timeout=600, more=more)
         expect(done.returncode == 0, f"the undisturbed run ended with {done.returncode}")
         return RunFiles(root)
 
@@ -146,32 +146,13 @@ def build(image: Image) -> Iterator[Lab]:
         sky = SkyPilot(RUN / "home", RUN / "logs", bundle, vast.url)
         sky.furnish()
         lab = Lab(image, vast, machines, sky, store, strict)
-        configure(lab)
+        given = {**store.environment(), "TESSERA_ROOT": lab.root}
+        done = sky.run("tessera", "configure", "--from-env", more=given)
+        expect(done.returncode == 0, f"tessera configure: {done.stdout}")
         lab.tessera("corpus", "build", "data_manifests/sample.yaml", "--root", lab.root)
         started = sky.run("sky", "api", "start")
         expect(started.returncode == 0, "SkyPilot's API server did not start")
         yield lab
-
-
-def configure(lab: Lab) -> None:
-    """The settings of a person who trains here, in SkyPilot's home."""
-    settings = {"TESSERA_ROOT": lab.root, **_keys(lab.store)}
-    folder = lab.sky.home / ".tessera"
-    folder.mkdir(exist_ok=True)
-    (folder / "run-tessera-configure-first").touch()
-    file = folder / "env"
-    file.write_text("".join(f"{name}='{value}'\n" for name, value in settings.items()))
-    file.chmod(0o600)
-
-
-def _keys(store: Store) -> dict[str, str]:
-    names = (
-        "AWS_ACCESS_KEY_ID",
-        "AWS_SECRET_ACCESS_KEY",
-        "AWS_ENDPOINT_URL",
-        "AWS_DEFAULT_REGION",
-    )
-    return {name: store.environment()[name] for name in names}
 
 
 def say(text: str) -> None:

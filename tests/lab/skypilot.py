@@ -50,6 +50,8 @@ class SkyPilot:
             "REQUESTS_CA_BUNDLE": str(self.bundle),
             "SKYPILOT_DISABLE_USAGE_COLLECTION": "1",
             "SKYPILOT_USER_ID": USER_HASH,
+            # As on a machine of that size: one controller process of managed jobs, not a dozen.
+            "SKYPILOT_POD_MEMORY_GB_LIMIT": "8",
         }
 
     def furnish(self) -> None:
@@ -68,7 +70,7 @@ class SkyPilot:
         self, *command: str, timeout: float = 120, more: dict[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
         """One command to its end; stdout and stderr together, as a terminal shows them."""
-        name = "-".join(word for word in command[:3] if word[:1].isalpha() and "/" not in word)
+        name = "-".join(word for word in command[:3] if word.isalpha()) or Path(command[0]).name
         log = self.logs / f"{next(self._count):03d}-{name}.log"
         began = time.monotonic()
         with log.open("w+") as file:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -177,8 +178,7 @@ class PretendVast:
         self._next = 9001
         self._lock = threading.RLock()
         self._closing = threading.Event()
-        self._server = ThreadingHTTPServer((host, port), _handler(self))
-        self._server.daemon_threads = True
+        self._server = _Server((host, port), _handler(self))
         self.url = f"http://{host}:{self._server.server_address[1]}"
 
     def __enter__(self) -> PretendVast:
@@ -452,6 +452,15 @@ def _faulty(kind: str) -> Answer | None:
     return 502 if kind == "lost" else int(kind), _error(
         f"pretended_{kind}", "a fault that a test asked for"
     )
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that was killed or lost patience is no error of the server's."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
 
 def _handler(vast: PretendVast) -> type[BaseHTTPRequestHandler]:
