@@ -91,6 +91,9 @@ class BudgetKeeper:
     def begin(self, done: int) -> None:
         """Before the first step: a run that has spent its money ends at once."""
         self._begun_at = done
+        if done >= self._program.steps:  # stopped and saved before, and died before it could say so
+            self.stopped = "an earlier attempt had spent it and saved, and this one publishes"
+            return
         self._look(done, self._world.run_on_main(self._facts))
 
     def log_point(self, done: int) -> None:

@@ -205,6 +205,25 @@ def test_a_budget_that_is_spent_at_the_next_attempt_ends_the_run_at_once(bench: 
     assert published.digest == bench.digest(run)
 
 
+def test_a_death_between_the_last_save_and_the_model_leaves_it_to_the_next(bench: Bench) -> None:
+    simulation = Simulation(seconds=((1, 36.0), (30, 36.0 * 33)))
+
+    def pull(*_: Any) -> None:
+        raise RuntimeError("the plug")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PretrainProgram, "publish", pull)
+        with pytest.raises(RuntimeError, match="the plug"):
+            train(bench, simulation)
+    run = bench.only_run()
+    assert run.finished() is None
+    assert 30 in bench.checkpoints(run)
+    result = train(bench, simulation)
+    assert (result.exit_code, bench.last_ending(run).outcome) == (0, "BUDGET")
+    assert bench.last_ending(run).step == 30
+    assert load_base(run, torch.device("cpu")).digest == bench.digest(run)
+
+
 def test_a_budget_that_is_spent_before_the_first_step_leaves_no_model(bench: Bench) -> None:
     result = train(bench, Simulation(usd=0.69))
     assert (result.exit_code, bench.last_ending(result.run).outcome) == (0, "BUDGET")
