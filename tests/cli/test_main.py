@@ -191,6 +191,7 @@ FROZEN = {
     ],
     "tessera interview show": ["--adapter", "--help", "--json", "--root", "RUN"],
     "tessera train": [
+        "--budget",
         "--gpus",
         "--help",
         "--new",
