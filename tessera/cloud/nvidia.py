@@ -42,7 +42,7 @@ def list_gpus() -> tuple[list[Gpu], str]:
     if len(clocks) != len(rows):
         clocks = [["", ""] for _ in rows]
     gpus = [
-        Gpu(*row[:3], *(_number(cell) for cell in (*row[3:], *more)))
+        Gpu(row[0], row[1], row[2], *(_number(cell) for cell in (*row[3:], *more)))
         for row, more in zip(rows, clocks, strict=True)
     ]
     return gpus, ""

@@ -18,6 +18,7 @@ from rich.console import Console
 from tessera.cli._bench_view import print_document
 from tessera.cli.common import run_command
 from tessera.cli.main import tessera
+from tessera.cloud.preflight import tokens_per_s_of
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 PATIENCE_S = 120.0
@@ -70,6 +71,7 @@ def test_the_ladder_as_a_document(
     assert eight["reason"] == "a CPU has no float8 products"
     assert eight["tokens_per_s"] is None
     assert found["best"] == "eager"
+    assert tokens_per_s_of(found) == eager["tokens_per_s"]  # what a preflight reads
     assert found["price"] == {"usd_per_hour": 5.0, "source": "TESSERA_USD_PER_HOUR"}
     assert found["experiment"]["source"] == minimal
     assert found["data"] == "random tokens, p ~ 1 / (rank + 2.7)"

@@ -158,7 +158,7 @@ def test_no_gpu_at_all(box: Box) -> None:
     ],
 )
 def test_a_gpu_that_its_owner_turned_down(
-    box: Box, gpus: dict[str, str], name: str, told: str
+    box: Box, gpus: dict[str, Any], name: str, told: str
 ) -> None:
     code, document, said = box.gpus(**gpus).torch().bench(1e3).run(SMOKE, TESSERA_GPU="H100")
     assert code == 75

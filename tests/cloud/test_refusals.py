@@ -140,7 +140,7 @@ def command(root: str, home: Path, environ: dict[str, str]) -> subprocess.Comple
     tools.mkdir(exist_ok=True)
     smi = tools / "nvidia-smi"
     smi.write_text(
-        "#!/bin/sh\necho 'NVIDIA GeForce RTX 5090, GPU-abc, 580, 575, 575, 1, 1, 1, 1, 1'\n"
+        "#!/bin/sh\necho 'NVIDIA GeForce RTX 5090, GPU-abc, 580, 32607, 575, 575, 3090'\n"
     )
     smi.chmod(smi.stat().st_mode | stat.S_IXUSR)
     return subprocess.run(
