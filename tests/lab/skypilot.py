@@ -90,6 +90,6 @@ class SkyPilot:
         asked = self.run("sky", "jobs", "queue", "-o", "json")
         if asked.returncode:
             return []
-        found = next(line for line in asked.stdout.splitlines() if line.startswith("["))
-        rows: list[dict[str, Any]] = json.loads(found)
+        rows: list[dict[str, Any]]
+        rows, _ = json.JSONDecoder().raw_decode(asked.stdout, asked.stdout.index("\n[") + 1)
         return rows
