@@ -22,7 +22,11 @@ from tessera.ledger.traffic import size
 
 VERSION = 1
 _WIDTH = 130
-_PARTS = ("machine", "traffic", "disk", "total")
+_TITLES = (
+    "", "offer", "GPU", "$/h", "price", "tokens/s", "speed", "hours", "machine", "traffic", "disk",
+    "total",
+)  # fmt: skip
+_NARROW = ("", "offer", "GPU", "$/h", "tokens/s", "hours", "total")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,14 +72,20 @@ class Commands:
 
 def print_plan(plan: Plan, commands: Commands, limit: int) -> None:
     """Table, sentences, and the command of each offer, the cheapest in full."""
-    console = _console(_WIDTH if plan.budget_usd is None else _WIDTH + 12)
+    wide = _WIDTH if plan.budget_usd is None else _WIDTH + 12
+    console = _console(wide)
+    narrow = console.width < wide - 12
     console.print(_heading(plan), markup=False)
     if plan.lines:
-        console.print(_table(plan, limit))
+        console.print(_table(plan, limit, narrow=narrow))
         if len(plan.lines) > limit:
             console.print(f"{len(plan.lines) - limit} more with --limit {len(plan.lines)}.")
     else:
-        console.print("No provider offers a machine that fits.", markup=False)
+        console.print("No offer that fits is known here.", markup=False)
+    if narrow and any(line.speed.how == "projected" for line in plan.lines[:limit]):
+        console.print(
+            "~ is projected, not measured. A wider terminal shows the parts of the total."
+        )
     for sentence in _sentences(plan):
         console.print(sentence, markup=False, soft_wrap=False)
     _print_commands(console, plan, commands, limit)
@@ -99,10 +109,12 @@ def _heading(plan: Plan) -> str:
     )
 
 
-def _table(plan: Plan, limit: int) -> Table:
+def _table(plan: Plan, limit: int, *, narrow: bool) -> Table:
+    """``narrow`` keeps what is needed to choose, for a terminal of 80 columns."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     words = ("offer", "GPU", "price", "speed")
-    for title in ("", "offer", "GPU", "$/h", "price", "tokens/s", "speed", "hours", *_PARTS):
+    shown = _NARROW if narrow else _TITLES
+    for title in shown:
         side: Literal["left", "right"] = "left" if title in words else "right"
         least = 20 if title == "offer" else None
         table.add_column(title, justify=side, no_wrap=title != "offer", min_width=least)
@@ -111,7 +123,11 @@ def _table(plan: Plan, limit: int) -> Table:
             f"${plan.budget_usd:,.0f} pays", justify="right", no_wrap=True, min_width=9
         )
     for number, line in enumerate(plan.lines[:limit], 1):
-        table.add_row(*_row(number, line, plan))
+        cells = _row(number, line, plan)
+        named = dict(zip(_TITLES, cells, strict=False))
+        if narrow and line.speed.how == "projected":
+            named["tokens/s"] = f"~ {named['tokens/s']}"
+        table.add_row(*(named[title] for title in shown), *cells[len(_TITLES) :])
     return table
 
 
@@ -171,6 +187,8 @@ def _sentences(plan: Plan) -> list[str]:
             "Not in the totals: minutes of provisioning and installation, lost machines, and what "
             "your bucket bills. ? is not told by the provider."
         )
+    if best is not None and all(line.offer.enabled is None for line in plan.lines):
+        said.append("Which of these providers you may rent from is not known: run `sky check`.")
     if any(line.offer.source == "live" for line in plan.lines):
         said.append(
             "SkyPilot rents by type, so which of vast.ai's machines it takes is not chosen here; a "

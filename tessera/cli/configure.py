@@ -21,6 +21,7 @@ from tessera.cloud.credentials import (
 )
 
 _NONE = "-"  # as an answer: no value
+_MLFLOW = "MLFLOW_TRACKING_URI"
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,12 @@ def _ask(before: Mapping[str, str]) -> dict[str, str]:
     from tessera.errors import InputError
 
     click.echo("Return keeps what stands in brackets, - removes it.", err=True)
+    answers: dict[str, str] = {}
     try:
-        return {setting.variable: _answer(setting, before) for setting in SETTINGS}
+        for setting in SETTINGS:
+            if not _of_no_server(setting, answers):
+                answers[setting.variable] = _answer(setting, before)
+        return answers
     except click.Abort:
         if sys.stdin.isatty():
             raise
@@ -119,21 +124,38 @@ def _ask(before: Mapping[str, str]) -> dict[str, str]:
         ) from None
 
 
+def _of_no_server(setting: Setting, answers: Mapping[str, str]) -> bool:
+    """Whether the question is about an MLflow server that was just said not to be there."""
+    server = answers.get(_MLFLOW, _NONE).strip() if _MLFLOW in answers else "?"
+    return setting.variable.startswith("MLFLOW_") and server in ("", _NONE)
+
+
 def _answer(setting: Setting, before: Mapping[str, str]) -> str:
+    """Asked again, with the reason, until the answer can be right by its form."""
+    from tessera.errors import InputError
+
     old = before.get(setting.variable, "")
     shown = f" [{'kept' if setting.secret else old}]" if old else ""
-    answer: str = click.prompt(
-        f"{setting.question}{shown}",
-        default=old,
-        show_default=False,
-        hide_input=setting.secret,
-        err=True,
-    )
-    return answer
+    while True:
+        answer: str = click.prompt(
+            f"{setting.question}{shown}",
+            default=old,
+            show_default=False,
+            hide_input=setting.secret,
+            err=True,
+        )
+        try:
+            validate_one(setting.variable, answer.strip())
+        except InputError as error:
+            if not sys.stdin.isatty():
+                raise
+            click.echo(f"{error}", err=True)
+            continue
+        return answer
 
 
-def validate(values: Mapping[str, str]) -> None:
-    """Refuse, before anything is tried, what cannot be right; ``InputError`` names the option."""
+def validate_one(variable: str, value: str) -> None:
+    """Refuse a value whose form is wrong; ``InputError`` says what was expected."""
     from tessera.errors import InputError
     from tessera.ledger.prices import (
         DOWN_VARIABLE,
@@ -143,12 +165,35 @@ def validate(values: Mapping[str, str]) -> None:
         choose_traffic_price,
     )
 
-    root = values.get("TESSERA_ROOT", "")
-    if "://" not in root:
-        given = f"{root!r} is a folder of this machine" if root else "No root was given"
+    if value in ("", _NONE):
+        return
+    if variable == "TESSERA_ROOT" and "://" not in value:
         raise InputError(
-            f"{given}; a rented machine needs one that it can reach: --root s3://bucket/prefix."
+            f"{value!r} is a folder of this machine; a rented machine needs a root that it can "
+            "reach, such as s3://bucket/prefix (--root)."
         )
+    if variable in (_MLFLOW, "AWS_ENDPOINT_URL") and not value.startswith(("http://", "https://")):
+        raise InputError(
+            f"{variable} is {value!r}; expected a URL that begins with https:// or http://."
+        )
+    if variable == PRICE_VARIABLE:
+        choose_price(variable=value)
+    if variable in (UP_VARIABLE, DOWN_VARIABLE):
+        choose_traffic_price(variable=value, name=variable)
+
+
+def validate(values: Mapping[str, str]) -> None:
+    """Refuse, before anything is tried, what cannot be right; ``InputError`` names the option."""
+    from tessera.errors import InputError
+
+    root = values.get("TESSERA_ROOT", "")
+    if not root:
+        raise InputError(
+            "No root was given; a rented machine needs one that it can reach: --root "
+            "s3://bucket/prefix."
+        )
+    for variable, value in values.items():
+        validate_one(variable, value)
     missing = [
         setting.option
         for setting in SETTINGS
@@ -161,9 +206,6 @@ def validate(values: Mapping[str, str]) -> None:
             f"A rented machine cannot open {root} without {' and '.join(missing)}: answer that "
             "question, or set the variable and use --from-env."
         )
-    choose_price(variable=values.get(PRICE_VARIABLE))
-    choose_traffic_price(variable=values.get(UP_VARIABLE), name=UP_VARIABLE)
-    choose_traffic_price(variable=values.get(DOWN_VARIABLE), name=DOWN_VARIABLE)
 
 
 def run_checks(values: Mapping[str, str]) -> list[Check]:

@@ -183,7 +183,7 @@ def _catalog_market(file: TaskFile, card: Card | None) -> Market:
             except Exception as error:  # a catalog that is missing or damaged costs one provider
                 notes.append(
                     f"SkyPilot's catalog of {provider} gives nothing ({first_line(error)}), so its "
-                    "offers are missing."
+                    "offers are missing; SkyPilot fetches it at its first use, over the network."
                 )
     return Market(tuple(offers.values()), tuple(dict.fromkeys(notes)))
 

@@ -164,7 +164,7 @@ def _unusable(
         return UnusableRootError(
             f"There are no credentials for {url} ({_line(error)}); looked for AWS_ACCESS_KEY_ID "
             "and AWS_SECRET_ACCESS_KEY, then for the profile AWS_PROFILE in ~/.aws: set one of "
-            "them."
+            "them (the keys of `tessera configure` count for its own root alone)."
         )
     if name == "ParamValidationError" and "Invalid bucket name" in str(error):
         return UnusableRootError(
