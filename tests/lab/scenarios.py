@@ -77,7 +77,12 @@ def managed(lab: Lab) -> str:
     (run,) = lab.listed(root)
     expect(run["status"] == "finished", f"the run is {run['status']}")
     expect_same(files, undisturbed.result(), _STEPS)
-    return f"3 instances, losses equal bit for bit, {expect_dollars(lab, files, run)}"
+    estimated = expect_dollars(lab, files, run)
+    lab.reconcile(root)
+    (run,) = lab.listed(root)
+    usd = sum(line["usd"] for line in lab.billed("managed"))
+    expect(abs(run["cost_usd"] - usd) < 1e-4, f"reconciled to ${run['cost_usd']}, billed ${usd}")
+    return f"3 instances, losses equal bit for bit, {estimated}, reconciled to the bill"
 
 
 def refused(lab: Lab) -> str:
@@ -129,7 +134,7 @@ def wrong_key(lab: Lab) -> str:
         "sky/pretrain_h100.yaml",
         timeout=600,
     )  # fmt: skip
-    expect(done.returncode != 0, "the launch succeeded")
+    expect("failed with return code list: [2]" in done.stdout, "the job's code is not 2")
     expect("Traceback" not in done.stdout, "a traceback instead of a sentence")
     expect("not-the-key-of" not in done.stdout, "the key is in the log")
     wait_for(lambda: not lab.rented("wrong-key"), "the machine takes itself down", seconds=300)

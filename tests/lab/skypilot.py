@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -82,7 +83,8 @@ class SkyPilot:
             )  # fmt: skip
             file.write(f"== code {done.returncode} after {time.monotonic() - began:.0f} s\n")
             file.seek(0)
-            text = file.read()
+            _, _, text = file.read().partition("\n")
+        text = re.sub(r"\x1b\[[0-9;]*m", "", text)  # colours, which it prints in spite of NO_COLOR
         return subprocess.CompletedProcess(command, done.returncode, text)
 
     def jobs(self) -> list[dict[str, Any]]:
@@ -91,5 +93,5 @@ class SkyPilot:
         if asked.returncode:
             return []
         rows: list[dict[str, Any]]
-        rows, _ = json.JSONDecoder().raw_decode(asked.stdout, asked.stdout.index("\n[") + 1)
+        rows, _ = json.JSONDecoder().raw_decode(asked.stdout, asked.stdout.index("["))
         return rows
