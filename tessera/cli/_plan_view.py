@@ -63,7 +63,12 @@ class Commands:
             words += [name, f"{number:g}"] if number is not None else []
         words += ["--managed"] if self.managed else []
         envs = job_envs(
-            self.experiment, self.overrides, self.run_id, offer, self.budget_usd, self.card
+            self.experiment,
+            self.overrides,
+            self.run_id,
+            offer.catalog_usd_per_hour,
+            self.budget_usd,
+            self.card,
         )
         name = cluster_name(self.run_id)
         plain = sky_command(self.file, offer, envs, name=name, managed=self.managed)

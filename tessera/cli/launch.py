@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option("--detach", is_flag=True, help="Do not follow the log.")
 @click.option("--run-id", envvar="TESSERA_RUN_ID", metavar="ID", help="Name the run yourself.")
-@click.option("--stop", "name", metavar="NAME", help="End that cluster (job) and make sure of it.")
+@click.option("--stop", "name", metavar="NAME", help="End that cluster or job, and make sure.")
 def launch(
     experiment: str | None,
     yes: bool,
@@ -50,17 +50,22 @@ def launch(
     if (experiment is None) == (name is None):
         raise InputError("Give an experiment to launch, or --stop with the name of what to end.")
     if name is not None:
-        return _stop(name, options["managed"])
+        return _stop(name)
     assert experiment is not None
     return _launch(experiment, options, yes=yes, detach=detach, run_id=run_id)
 
 
-def _stop(name: str, managed: bool) -> int:
-    from tessera.cloud.launch import stop
+def _stop(name: str) -> int:
+    from tessera.cloud.give_back import stop
+    from tessera.cloud.launch import INTERRUPTED
     from tessera.cloud.rent import SkyPilot
 
-    stop(name, managed, SkyPilot())
-    click.echo(f"{name} is gone: nothing of it bills any more.")
+    found = stop(SkyPilot(), name)
+    if found.interrupted:
+        click.echo(" ".join(found.left), err=True)
+        return INTERRUPTED
+    found.require()
+    click.echo(f"Gone: {', '.join(found.ended)}. Nothing of {name} bills any more.")
     return 0
 
 

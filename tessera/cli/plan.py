@@ -80,15 +80,29 @@ def plan(experiment: str, limit: int, as_json: bool, **options: Any) -> None:
 
 
 def asked_for(experiment: str, options: dict[str, Any]) -> Asked:
-    """The shared options as one value. Raises ``InputError`` for a budget that is none."""
+    """The shared options as one value. Raises ``InputError`` for what cannot be handed over."""
     import os
 
     from tessera.cli._plan_inputs import Asked
     from tessera.ledger.budget import BUDGET_VARIABLE, choose_budget
 
+    _refuse_line_breaks(options["overrides"])
     budget = choose_budget(options["budget"], os.environ.get(BUDGET_VARIABLE))
     names = ("overrides", "gpu", "managed", "bid", "task", "provider", "root")
     return Asked(experiment, budget=budget, **{name: options[name] for name in names})
+
+
+def _refuse_line_breaks(overrides: tuple[str, ...]) -> None:
+    """The job reads its overrides from one variable, a line each."""
+    from tessera.errors import InputError
+
+    for override in overrides:
+        if "\n" in override:
+            key = override.split("=", 1)[0]
+            raise InputError(
+                f"--set {key} has a line break in its value, which does not travel to a rented "
+                "machine; write it in one line, or into the experiment file."
+            )
 
 
 def learn_from(experiment: str, options: dict[str, Any]) -> Known:

@@ -2,7 +2,7 @@
 
 A launch leaves ``launches/<id>.json`` in the root before anything is rented, and
 ``launches/<id>.end.json`` when it is known how it ended: a machine of which SkyPilot lost the
-record is found by that. What did not start is given back at once (``tessera.cloud.rent``).
+record is found by that. What did not start is given back at once (``tessera.cloud.give_back``).
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from typing import Any
 
 from tessera.cloud.cards import Card
 from tessera.cloud.credentials import env_file, read_settings
-from tessera.cloud.offers import VAST, Offer
+from tessera.cloud.give_back import AFTER_FAILURE, GivenBack, Sleep, give_back, stop_command
+from tessera.cloud.offers import Offer
 from tessera.cloud.plan import Line
-from tessera.cloud.rent import CANCELLED, SUCCEEDED, GivenBack, Renter, give_back, stop_command
+from tessera.cloud.rent import CANCELLED, NOT_FINISHED, SUCCEEDED, Renter
 from tessera.cloud.skypilot import TaskFile, first_line
 from tessera.errors import ConflictError, InputError, NotFoundError, RetryElsewhereError, StoreError
 from tessera.experiment import Experiment
@@ -67,10 +68,26 @@ class Order:
         found = {(o.provider, o.instance_type): o for o in reversed(kept) if o.instance_type}
         return tuple(reversed(found.values()))
 
+    @property
+    def catalog_usd_per_hour(self) -> float | None:
+        """The dearest that it may rent, by the catalog: so a budget is never taken for larger."""
+        kinds = {(offer.provider, offer.instance_type) for offer in self.rented}
+        may_rent = [
+            offer.usd_per_hour if offer.catalog_usd_per_hour is None else offer.catalog_usd_per_hour
+            for offer in (self.offer, *self.alternatives)
+            if (offer.provider, offer.instance_type) in kinds
+        ]
+        return max(may_rent, default=None)
+
     def envs(self) -> dict[str, str]:
         """What the job's environment gets."""
         return job_envs(
-            self.experiment, self.overrides, self.run_id, self.offer, self.budget_usd, self.card
+            self.experiment,
+            self.overrides,
+            self.run_id,
+            self.catalog_usd_per_hour,
+            self.budget_usd,
+            self.card,
         )
 
     def task(self) -> Any:
@@ -88,15 +105,16 @@ def job_envs(
     experiment: str,
     overrides: Sequence[str],
     run_id: str,
-    offer: Offer,
+    catalog_usd_per_hour: float | None,
     budget_usd: float | None,
     card: Card | None,
 ) -> dict[str, str]:
     """The variables that a job is launched with; keys travel in the credentials file alone.
 
-    ``card`` is another GPU than the task file's, if a person asked for one.
+    ``catalog_usd_per_hour`` counts where no provider tells what this machine costs. ``card`` is
+    another GPU than the task file's, if a person asked for one.
     """
-    catalog = offer.catalog_usd_per_hour
+    catalog = catalog_usd_per_hour
     found = {
         "TESSERA_EXPERIMENT": experiment,
         "TESSERA_SET": shlex.join(overrides),
@@ -191,12 +209,18 @@ def check(order: Order, root: Root, renter: Renter) -> None:
         raise ConflictError(
             f"A {what} {order.name} is there already ({status}) and may bill; follow it with "
             f"`{log_command(order.name, order.managed)}`, or end it with "
-            f"`{stop_command(order.name, order.managed)}`."
+            f"`{stop_command(order.name)}`."
         )
 
 
 def launch(
-    order: Order, root: Root, renter: Renter, say: Say, *, detach: bool = False, wait_s: float = 2.0
+    order: Order,
+    root: Root,
+    renter: Renter,
+    say: Say,
+    *,
+    detach: bool = False,
+    sleep: Sleep = time.sleep,
 ) -> int:
     """Rent, start and follow; the exit code of the job. Raises ``RetryElsewhereError``.
 
@@ -209,12 +233,15 @@ def launch(
         job = renter.start(task, order.name, order.managed)
     except (KeyboardInterrupt, Exception) as error:
         interrupted = isinstance(error, KeyboardInterrupt)
-        say(f"{'Stopped' if interrupted else 'Not started'}: giving {order.name} back ...")
-        back = _give_back(renter, order, wait_s)
+        say(
+            f"{'Stopped' if interrupted else 'Not started'}: giving {order.name} back ... Should "
+            f"this be broken off, `{stop_command(order.name)}` does it."
+        )
+        back = _give_back(renter, order, AFTER_FAILURE, sleep)
         reason = "interrupted" if interrupted else first_line(error)
         record.end("interrupted" if interrupted else "not started", reason, back)
         gone = "nothing of it is left that bills." if not back.left else " ".join(back.left)
-        if interrupted:
+        if interrupted or back.interrupted:
             say(f"Stopped before it ran; {gone}")
             return INTERRUPTED
         raise RetryElsewhereError(f"{order.name} did not start ({reason}); {gone}") from error
@@ -231,16 +258,23 @@ def launch(
             f"The log of {order.name} broke off ({first_line(error)}), the job did not. "
             f"{costs(order)}"
         ) from error
-    return _ended(order, root, renter, record, code, say, wait_s)
+    if code == NOT_FINISHED:
+        raise RetryElsewhereError(
+            f"The log of {order.name} broke off, the job did not. {costs(order)}"
+        )
+    return _ended(order, root, renter, record, code, say, sleep)
 
 
 def _ended(
-    order: Order, root: Root, renter: Renter, record: _Record, code: int, say: Say, wait_s: float
+    order: Order, root: Root, renter: Renter, record: _Record, code: int, say: Say, sleep: Sleep
 ) -> int:
     """After the log's end: a job that is done needs its machine no more."""
     if code == SUCCEEDED:
-        back = _give_back(renter, order, wait_s)
+        back = _give_back(renter, order, 1, sleep)
         record.end("done", "", back)
+        if back.interrupted:
+            say(f"Done. {' '.join(back.left)}")
+            return INTERRUPTED
         back.require()
         say(f"Done, and {order.name} is gone: nothing of it bills any more.")
         return 0
@@ -249,15 +283,10 @@ def _ended(
     if not order.managed:
         say(
             f"The job ended with {exit_code}. Its machine takes itself down when it has been idle "
-            f"for some minutes, and bills until then; `{stop_command(order.name, False)}` ends it "
+            f"for some minutes, and bills until then; `{stop_command(order.name)}` ends it "
             "now."
         )
     return INTERRUPTED if code == CANCELLED else exit_code
-
-
-def stop(name: str, managed: bool, renter: Renter, *, between_s: float = 2.0) -> None:
-    """End a cluster or job and make sure at vast.ai; ``RetryElsewhereError`` names what is left."""
-    give_back(renter, name, managed, on_vast=False, between_s=between_s).require()
 
 
 def costs(order: Order) -> str:
@@ -268,7 +297,7 @@ def costs(order: Order) -> str:
     name, managed = order.name, order.managed
     return (
         f"{name} costs about ${rate:,.2f}/h{limit} until it ends. Follow it: "
-        f"`{log_command(name, managed)}`. Stop it: `{stop_command(name, managed)}` or "
+        f"`{log_command(name, managed)}`. Stop it: `{stop_command(name)}` or "
         f"`{end_command(name, managed)}`."
     )
 
@@ -283,9 +312,11 @@ def end_command(name: str, managed: bool) -> str:
     return f"sky jobs cancel -n {name}" if managed else f"sky down {name}"
 
 
-def _give_back(renter: Renter, order: Order, wait_s: float) -> GivenBack:
-    on_vast = any(offer.provider == VAST for offer in order.rented)
-    return give_back(renter, order.name, order.managed, on_vast=on_vast, between_s=wait_s)
+def _give_back(renter: Renter, order: Order, quiet: int, sleep: Sleep) -> GivenBack:
+    providers = [offer.provider for offer in order.rented]
+    return give_back(
+        renter, order.name, order.managed, providers=providers, quiet=quiet, sleep=sleep
+    )
 
 
 def _exit_code(root: Root, run_id: str, since: float) -> int:
@@ -328,7 +359,7 @@ class _Record:
             "managed": order.managed,
             "offer": _offer_record(order.offer),
             "may_rent": [[o.provider, o.instance_type] for o in order.rented],
-            "catalog_usd_per_hour": order.offer.catalog_usd_per_hour,
+            "catalog_usd_per_hour": order.catalog_usd_per_hour,
             "expected_usd": order.line.total_usd,
             "budget_usd": order.budget_usd,
             "command": order.command(),

@@ -1,35 +1,31 @@
-"""Renting and giving back, through SkyPilot's Python API; giving back is verified at the provider.
+"""Renting and ending, through SkyPilot's Python API; whose a machine is, by its label.
 
-``Renter`` is all that a launch asks of SkyPilot. SkyPilot does not tear down what failed while it
-was being set up, and a machine of which it lost the record bills all the same: so ``give_back``
-asks vast.ai itself, by the label that SkyPilot gives its machines, and ends what is left.
+``Renter`` is all that a launch asks of SkyPilot; ``tessera.cloud.give_back`` makes sure that what
+was rented is gone.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import re
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
-from tessera.cloud.skypilot import first_line, require_skypilot
-from tessera.cloud.vast import VastClient, VastInstance, find_key
-from tessera.errors import RetryElsewhereError, TesseraError
+from tessera.cloud.skypilot import require_skypilot
 
-CONSOLE = "https://cloud.vast.ai/instances/"
-SUCCEEDED, CANCELLED = 0, 103  # sky.exceptions.JobExitCode
-_LOOKS = 4
+SUCCEEDED, NOT_FINISHED, CANCELLED = 0, 101, 103  # sky.exceptions.JobExitCode
 _JOB_NAME = 25  # sky.jobs.constants.JOBS_CLUSTER_NAME_PREFIX_LENGTH
-_BETWEEN_S = 2.0
+_CANCELLING = "CANCELLING"
 
 
 class Renter(Protocol):
     """What a launch asks of SkyPilot; ``name`` is a cluster's, or with ``managed`` a job's."""
 
     def exists(self, name: str, managed: bool) -> str | None:
-        """The status of what goes by that name and may bill; None if there is nothing."""
+        """The status of what goes by that name and may bill; None if there is nothing.
+
+        Raises where that cannot be told: no answer is not taken for nothing.
+        """
 
     def start(self, task: Any, name: str, managed: bool) -> int | None:
         """Rent, set up and submit, showing SkyPilot's own lines; the job's number."""
@@ -38,7 +34,7 @@ class Renter(Protocol):
         """Show the job's log to its end; SkyPilot's code for how it ended."""
 
     def end(self, name: str, managed: bool) -> None:
-        """Take the cluster down, or cancel the job; nothing there is no error."""
+        """Take the cluster down, or cancel every job of that name; nothing there is no error."""
 
 
 class SkyPilot:
@@ -49,17 +45,28 @@ class SkyPilot:
         self._request: Any = None
 
     def exists(self, name: str, managed: bool) -> str | None:
-        """See ``Renter``; a jobs controller that is not up has no jobs."""
-        sky = self._sky
+        """See ``Renter``."""
         if managed:
-            with contextlib.suppress(sky.exceptions.ClusterNotUpError):
-                request = sky.jobs.queue_v2(refresh=False, skip_finished=True, name_match=name)
-                found = sky.get(request)
-                jobs = found[0] if isinstance(found, tuple) else found
-                return next((str(j["status"]) for j in jobs if j["job_name"] == name), None)
-            return None
-        rows = sky.get(sky.status([name]))
-        return str(getattr(rows[0]["status"], "value", rows[0]["status"])) if rows else None
+            return ", ".join(sorted(set(self._jobs(name).values()))) or None
+        rows = self._sky.get(self._sky.status([name]))
+        return _text(rows[0]["status"]) if rows else None
+
+    def _jobs(self, name: str) -> dict[int, str]:
+        """Number and status of the managed jobs of that name that are not over.
+
+        A controller that never was or is stopped has none. One that cannot be reached may have
+        some: then SkyPilot's error is raised.
+        """
+        sky = self._sky
+        try:
+            request = sky.jobs.queue_v2(refresh=False, skip_finished=True, name_match=name)
+            found = sky.get(request)
+        except sky.exceptions.ClusterNotUpError as error:
+            if error.cluster_status is None or _text(error.cluster_status) == "STOPPED":
+                return {}
+            raise
+        rows = found[0] if isinstance(found, tuple) else found
+        return {int(j["job_id"]): _text(j["status"]) for j in rows if j["job_name"] == name}
 
     def start(self, task: Any, name: str, managed: bool) -> int | None:
         """See ``Renter``."""
@@ -88,108 +95,38 @@ class SkyPilot:
                 sky.get(sky.api_cancel(self._request, silent=True))
             self._request = None
         if managed:
-            with contextlib.suppress(sky.exceptions.ClusterNotUpError):
-                sky.stream_and_get(sky.jobs.cancel(name=name))
+            # By number: of several jobs of one name SkyPilot cancels none, and says so in passing.
+            jobs = [job for job, status in self._jobs(name).items() if status != _CANCELLING]
+            if jobs:
+                sky.stream_and_get(sky.jobs.cancel(job_ids=jobs))
             return
         with contextlib.suppress(sky.exceptions.ClusterDoesNotExist):
             sky.stream_and_get(sky.down(name))
-
-
-@dataclass(frozen=True)
-class GivenBack:
-    """How giving back ended: what may still bill, in sentences; none: nothing does."""
-
-    left: tuple[str, ...]
-
-    def require(self) -> None:
-        """``RetryElsewhereError`` that names what may still bill."""
-        if self.left:
-            raise RetryElsewhereError(" ".join(self.left))
-
-
-def give_back(
-    renter: Renter,
-    name: str,
-    managed: bool,
-    *,
-    on_vast: bool,
-    client: Callable[[], VastClient] = VastClient,
-    between_s: float = _BETWEEN_S,
-) -> GivenBack:
-    """End the cluster or job, and make sure of it at the provider; raises nothing.
-
-    ``on_vast``: whether a machine of vast.ai may be behind it, which is then looked for by label.
-    """
-    left = []
-    stop = stop_command(name, managed)
-    try:
-        renter.end(name, managed)
-    except Exception as error:
-        left.append(
-            f"SkyPilot could not take {name} down ({first_line(error)}); run `{stop}` until it can."
-        )
-    if not on_vast and not find_key():
-        return GivenBack(tuple(left))
-    if on_vast and not find_key():
-        left.append(
-            f"There is no vast.ai key here to make sure that {name} is gone; look at {CONSOLE}."
-        )
-        return GivenBack(tuple(left))
-    try:
-        with client() as vast:
-            remaining = _end_on_vast(vast, name, managed, between_s)
-    except TesseraError as error:
-        left.append(
-            f"Whether vast.ai still bills for {name} is not known ({str(error).rstrip('.')}); look "
-            f"at {CONSOLE}."
-        )
-        return GivenBack(tuple(left))
-    if remaining:
-        left.extend(_still_billing(instance) for instance in remaining)
-        return GivenBack(tuple(left))
-    # Gone at the provider: what SkyPilot could not do does not cost anything any more.
-    return GivenBack(() if on_vast else tuple(left))
-
-
-def _end_on_vast(
-    vast: VastClient, name: str, managed: bool, between_s: float
-) -> Sequence[VastInstance]:
-    """What vast.ai still has of that name after several looks, each of which ends what it sees."""
-    remaining: list[VastInstance] = []
-    for look in range(_LOOKS):
-        if look:
-            time.sleep(between_s)
-        remaining = [i for i in vast.instances() if is_labelled(i.label, name, managed)]
-        if not remaining:
-            return ()
-        for instance in remaining:
-            vast.destroy(instance.id)
-    return [i for i in vast.instances() if is_labelled(i.label, name, managed)]
 
 
 def is_labelled(label: str, name: str, managed: bool) -> bool:
     """Whether SkyPilot gave that label to a machine of cluster or managed job ``name``.
 
     A cluster's is ``<name>-<user>-head``. A managed job's is ``<name>-<job>-<user>-head``; a name
-    longer than 25 is cut to 22 and gets two characters of its hash.
+    longer than 25 is cut to 22 and gets the first two characters of its MD5 in base 36.
     """
-    plain = re.escape(re.sub(r"[._]", "-", name).lower())
-    if managed and len(name) > _JOB_NAME:
-        plain = re.escape(re.sub(r"[._]", "-", name).lower()[: _JOB_NAME - 3].rstrip("-"))
-        plain += "-[0-9a-z]{2}"
+    plain = re.sub(r"[._]", "-", name).lower()
+    if managed and len(plain) > _JOB_NAME:
+        plain = f"{plain[: _JOB_NAME - 3].rstrip('-')}-{_base36_md5(name)[:2]}"
     job = r"-\d+" if managed else ""
-    return re.fullmatch(rf"{plain}{job}-[0-9a-f]{{4,8}}-(head|worker)", label) is not None
+    found = re.fullmatch(rf"{re.escape(plain)}{job}-[0-9a-f]{{4,8}}-(head|worker)", label)
+    return found is not None
 
 
-def _still_billing(instance: VastInstance) -> str:
-    price = instance.usd_per_hour
-    cost = "" if price is None else f" and bills ${price:.2f}/h"
-    return (
-        f"vast.ai's instance {instance.id} ({instance.label}) is still there{cost}; end it at "
-        f"{CONSOLE}."
-    )
+def _base36_md5(text: str) -> str:
+    number = int(hashlib.md5(text.encode(), usedforsecurity=False).hexdigest(), 16)
+    digits = ""
+    while number:
+        number, digit = divmod(number, 36)
+        digits = "0123456789abcdefghijklmnopqrstuvwxyz"[digit] + digits
+    return digits
 
 
-def stop_command(name: str, managed: bool) -> str:
-    """What a person types to end it."""
-    return f"tessera launch --stop {name}" + (" --managed" if managed else "")
+def _text(status: Any) -> str:
+    """SkyPilot's enumerations and plain texts alike."""
+    return str(getattr(status, "value", status))

@@ -95,3 +95,22 @@ def test_the_corpus_in_the_root(tmp_path: Path) -> None:
     assert corpus.tokens == manifest.splits["train"].tokens
     files = (tmp_path / "root" / manifest.folder).rglob("*.safetensors")
     assert corpus.bytes == sum(path.stat().st_size for path in files)
+
+
+@pytest.mark.parametrize("command", ["plan", "launch"])
+def test_a_line_break_in_an_override_is_refused(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job would split it: its words are read a line each."""
+    from importlib import import_module
+
+    from click.testing import CliRunner
+
+    from tessera.errors import InputError
+
+    monkeypatch.chdir(REPOSITORY)
+    called = getattr(import_module(f"tessera.cli.{command}"), command)
+    words = ["experiments/smoke.yaml", "--set", "description=two\nlines"]
+    done = CliRunner().invoke(called, words, standalone_mode=False)
+    assert isinstance(done.exception, InputError)
+    assert "--set description has a line break in its value" in str(done.exception)

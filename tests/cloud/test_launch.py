@@ -8,9 +8,10 @@ such tasks in tests/sky, and launches them for real in tests/lab.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ from tessera.cloud.launch import (
     launch,
     require_settings,
     run_id_of,
-    stop,
 )
 from tessera.cloud.plan import make_plan
 from tessera.cloud.rent import is_labelled
@@ -40,6 +40,7 @@ from tests.cloud.offered import H100, H200, other
 from tests.services.vast import PretendVast
 
 REPOSITORY = Path(__file__).parents[2]
+ONE_B = REPOSITORY / "experiments" / "tessera_1b.yaml"
 KEY = "5ecret-of-the-account"
 NAME = "tessera-1b-00c0ffee"
 
@@ -51,17 +52,29 @@ class AsIsOrder(Order):
         return {"envs": self.envs()}
 
 
+def at_once(seconds: float) -> None:
+    """No waiting between two looks."""
+
+
 @dataclass
 class Pretend:
-    """SkyPilot, played: it rents one row at the pretend vast.ai, unless told to fail."""
+    """SkyPilot, played: it rents one row at the pretend vast.ai, unless told to fail.
+
+    ``jobs`` are managed jobs, number to name; ``cancelling`` looks pass until a cancelled one is
+    over. ``cluster`` is what it has a record of, wherever that is.
+    """
 
     vast: PretendVast
     fails: BaseException | None = None
     fails_after_renting: BaseException | None = None
-    down_fails: Exception | None = None
+    unknown: Exception | None = None
+    down_fails: BaseException | None = None
     code: int = 0
     follow_raises: BaseException | None = None
-    status: str | None = None
+    cluster: str | None = None
+    jobs: dict[int, str] = field(default_factory=dict)
+    cancelling: int = 0
+    cancelled: set[str] = field(default_factory=set)
     task: Any = None
     ended: int = 0
 
@@ -71,7 +84,15 @@ class Pretend:
         return int(httpx.put(url, json={"label": label}, headers=headers).json()["new_contract"])
 
     def exists(self, name: str, managed: bool) -> str | None:
-        return self.status
+        if not managed:
+            return "UP" if self.cluster == name else None
+        if self.unknown:
+            raise self.unknown
+        if name in self.cancelled:
+            self.cancelling -= 1
+            if self.cancelling < 0:
+                self.jobs = {number: job for number, job in self.jobs.items() if job != name}
+        return "RUNNING" if name in self.jobs.values() else None
 
     def start(self, task: Any, name: str, managed: bool) -> int | None:
         self.task = task
@@ -79,6 +100,10 @@ class Pretend:
             raise self.fails
         job = "-7" if managed else ""
         self.rent(f"{name}{job}-1a2b3c4d-head")
+        if managed:
+            self.jobs[7] = name
+        else:
+            self.cluster = name
         if self.fails_after_renting:
             raise self.fails_after_renting
         return 7 if managed else 1
@@ -92,6 +117,10 @@ class Pretend:
         self.ended += 1
         if self.down_fails:
             raise self.down_fails
+        if managed:
+            self.cancelled.add(name)
+        elif self.cluster == name:
+            self.cluster = None
         for number, row in list(self.vast.instances.items()):
             if is_labelled(row["label"], name, managed):
                 headers = {"Authorization": f"Bearer {KEY}"}
@@ -115,7 +144,7 @@ def root(tmp_path: Path) -> Root:
 
 
 def order(**changes: Any) -> Order:
-    settings = load_experiment(REPOSITORY / "experiments" / "tessera_1b.yaml")
+    settings = load_experiment(ONE_B)
     plan = make_plan(settings, [H100, H200, other(H100, usd_per_hour=2.5, region="X")], shipped())
     given: dict[str, Any] = {
         "experiment": "experiments/tessera_1b.yaml",
@@ -140,7 +169,7 @@ def records(root: Root, kind: str = ".json") -> list[dict[str, Any]]:
 
 def test_a_job_that_is_done_leaves_a_record_and_no_machine(vast: PretendVast, root: Root) -> None:
     said: list[str] = []
-    assert launch(order(), root, Pretend(vast), said.append, wait_s=0) == 0
+    assert launch(order(), root, Pretend(vast), said.append, sleep=at_once) == 0
     assert vast.instances == {}
     (record,) = records(root)
     assert record["run_id"] == record["name"] == NAME
@@ -156,7 +185,7 @@ def test_a_job_that_is_done_leaves_a_record_and_no_machine(vast: PretendVast, ro
 
 def test_what_the_job_is_handed(vast: PretendVast, root: Root) -> None:
     renter = Pretend(vast)
-    launch(order(card=card_named("H200")), root, renter, lambda _: None, wait_s=0)
+    launch(order(card=card_named("H200")), root, renter, lambda _: None, sleep=at_once)
     assert renter.task["envs"] == {
         "TESSERA_EXPERIMENT": "experiments/tessera_1b.yaml",
         "TESSERA_SET": "tokens=65536 'description=two words'",
@@ -174,7 +203,7 @@ def test_what_did_not_start_leaves_nothing_that_bills(
     error = RuntimeError("\x1b[31mFailed to provision:\x1b[0m\nno machine answered")
     fault = {"fails_after_renting" if after else "fails": error}
     with pytest.raises(RetryElsewhereError) as caught:
-        launch(order(), root, Pretend(vast, **fault), lambda _: None, wait_s=0)  # type: ignore[arg-type]
+        launch(order(), root, Pretend(vast, **fault), lambda _: None, sleep=at_once)  # type: ignore[arg-type]
     sentence = str(caught.value)
     assert sentence == (
         f"{NAME} did not start (Failed to provision); nothing of it is left that bills."
@@ -194,7 +223,7 @@ def test_a_machine_that_skypilot_lost_is_found_by_its_label_and_ended(
     )
     others = [renter.rent(f"{NAME}2-1a2b3c4d-head"), renter.rent("mine")]
     with pytest.raises(RetryElsewhereError, match="nothing of it is left that bills"):
-        launch(order(), root, renter, lambda _: None, wait_s=0)
+        launch(order(), root, renter, lambda _: None, sleep=at_once)
     assert sorted(vast.instances) == others
 
 
@@ -204,7 +233,7 @@ def test_a_machine_that_cannot_be_ended_is_named_with_its_price(
     monkeypatch.setattr(PretendVast, "_end", lambda self, number: None)  # "success", and it stays
     renter = Pretend(vast, fails_after_renting=RuntimeError("no ssh"))
     with pytest.raises(RetryElsewhereError) as caught:
-        launch(order(), root, renter, lambda _: None, wait_s=0)
+        launch(order(), root, renter, lambda _: None, sleep=at_once)
     (number,) = vast.instances
     sentence = str(caught.value)
     assert f"instance {number} ({NAME}-1a2b3c4d-head) is still there and bills $1.87/h" in sentence
@@ -220,7 +249,7 @@ def test_a_provider_that_does_not_answer_is_not_taken_for_empty(
     monkeypatch.setattr("tessera.cloud.vast._WAIT", lambda state: 0.0)
     vast.fault(fault, times=99, path="/api/v1/instances")
     with pytest.raises(RetryElsewhereError) as caught:
-        launch(order(), root, Pretend(vast, fails=RuntimeError("x")), lambda _: None, wait_s=0)
+        launch(order(), root, Pretend(vast, fails=RuntimeError("x")), lambda _: None, sleep=at_once)
     assert f"Whether vast.ai still bills for {NAME} is not known" in str(caught.value)
     assert "https://cloud.vast.ai/instances/" in str(caught.value)
     assert KEY not in str(caught.value)
@@ -232,21 +261,71 @@ def test_without_a_key_nobody_can_make_sure(
     monkeypatch.delenv("VAST_API_KEY")
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(RetryElsewhereError, match=r"no vast\.ai key here to make sure"):
-        launch(order(), root, Pretend(vast, fails=RuntimeError("x")), lambda _: None, wait_s=0)
+        launch(order(), root, Pretend(vast, fails=RuntimeError("x")), lambda _: None, sleep=at_once)
 
 
 def test_ctrl_c_while_it_starts_gives_the_machine_back(vast: PretendVast, root: Root) -> None:
     said: list[str] = []
     renter = Pretend(vast, fails_after_renting=KeyboardInterrupt())
-    assert launch(order(), root, renter, said.append, wait_s=0) == 130
+    assert launch(order(), root, renter, said.append, sleep=at_once) == 130
     assert vast.instances == {}
     assert said[-1] == "Stopped before it ran; nothing of it is left that bills."
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("no ssh")])
+def test_a_machine_that_appears_after_the_first_empty_look_is_found(
+    vast: PretendVast, root: Root, error: BaseException
+) -> None:
+    """What was being rented when the launch was called off arrives seconds later."""
+    renter, looks = Pretend(vast, fails=error), []
+
+    def sleep(seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) == 2:
+            renter.rent(f"{NAME}-1a2b3c4d-head")
+
+    with contextlib.suppress(RetryElsewhereError):
+        launch(order(), root, renter, lambda _: None, sleep=sleep)
+    assert len(vast.bill()) == 1
+    assert vast.instances == {}
+    assert len(looks) == 6  # two empty looks, the machine, and four empty ones in a row
+    assert min(looks) >= 1.0
+
+
+def test_a_second_ctrl_c_says_what_was_not_given_back(vast: PretendVast, root: Root) -> None:
+    said: list[str] = []
+    renter = Pretend(vast, fails_after_renting=KeyboardInterrupt(), down_fails=KeyboardInterrupt())
+    assert launch(order(), root, renter, said.append, sleep=at_once) == 130
+    command = f"`tessera launch --stop {NAME}`"
+    assert command in said[0]  # told before it begins
+    assert f"{NAME} back was broken off, so it may still bill; end it with {command}" in said[-1]
+    assert "https://cloud.vast.ai/instances/" in said[-1]
+    (end,) = records(root, ".end.json")
+    assert (end["outcome"], end["may_bill"][0][:6]) == ("interrupted", "Giving")
+
+
+@pytest.mark.parametrize("done", [False, True])
+def test_ctrl_c_between_two_looks_names_the_machine_that_is_still_there(
+    vast: PretendVast, root: Root, done: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PretendVast, "_end", lambda self, number: None)
+
+    def sleep(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    said: list[str] = []
+    renter = Pretend(vast, fails_after_renting=None if done else RuntimeError("no ssh"))
+    assert launch(order(), root, renter, said.append, sleep=sleep) == 130
+    (number,) = vast.instances
+    assert f"instance {number} ({NAME}-1a2b3c4d-head) is still there" in said[-1]
+    (end,) = records(root, ".end.json")
+    assert end["outcome"] == ("done" if done else "not started")
 
 
 def test_ctrl_c_while_following_says_what_goes_on_costing(vast: PretendVast, root: Root) -> None:
     said: list[str] = []
     renter = Pretend(vast, follow_raises=KeyboardInterrupt())
-    assert launch(order(), root, renter, said.append, wait_s=0) == 130
+    assert launch(order(), root, renter, said.append, sleep=at_once) == 130
     assert len(vast.instances) == 1
     assert "$2.05/h (at most $4.50/h)" in said[-1]
     assert f"`tessera launch --stop {NAME}` or `sky down {NAME}`" in said[-1]
@@ -258,14 +337,24 @@ def test_a_log_that_breaks_off_is_not_the_end_of_the_job(vast: PretendVast, root
     with pytest.raises(
         RetryElsewhereError, match=r"reset by peer\), the job did not\. .*\$2\.05/h"
     ):
-        launch(order(), root, renter, lambda _: None, wait_s=0)
+        launch(order(), root, renter, lambda _: None, sleep=at_once)
     assert len(vast.instances) == 1
+
+
+def test_a_log_that_ends_before_the_job_is_not_its_end(vast: PretendVast, root: Root) -> None:
+    """SkyPilot's code 101: it is not over."""
+    with pytest.raises(RetryElsewhereError) as caught:
+        launch(order(), root, Pretend(vast, code=101), lambda _: None, sleep=at_once)
+    assert str(caught.value).startswith(f"The log of {NAME} broke off, the job did not. {NAME} ")
+    assert f"`sky logs {NAME}`. Stop it: `tessera launch --stop {NAME}`" in str(caught.value)
+    assert len(vast.instances) == 1
+    assert records(root, ".end.json") == []  # it has not ended
 
 
 def test_detached(vast: PretendVast, root: Root) -> None:
     said: list[str] = []
     renter = Pretend(vast, follow_raises=AssertionError("nobody follows"))
-    assert launch(order(), root, renter, said.append, detach=True, wait_s=0) == 0
+    assert launch(order(), root, renter, said.append, detach=True, sleep=at_once) == 0
     assert said == [costs(order())]
 
 
@@ -280,13 +369,13 @@ def test_a_failed_job_ends_with_the_trainer_s_code_and_keeps_its_machine_for_a_l
     said: list[str] = []
     renter = Pretend(vast, code=100)
     expected = 75 if code is None else code
-    assert launch(order(), root, renter, said.append, wait_s=0) == expected
+    assert launch(order(), root, renter, said.append, sleep=at_once) == expected
     assert len(vast.instances) == 1
     assert f"`tessera launch --stop {NAME}` ends it now" in said[-1]
 
 
 def _attempt(root: Root, *, ended_at: float, exit_code: int) -> None:
-    settings = load_experiment(REPOSITORY / "experiments" / "tessera_1b.yaml")
+    settings = load_experiment(ONE_B)
     run, _ = create_or_open(root, settings, fingerprint="f" * 64, data={}, run_id=NAME)
     machine = Attempt(
         number=0, token="", started_at=0.0, provider="vast", instance="C.1", host="h",
@@ -304,12 +393,41 @@ def test_a_managed_job_may_rent_wherever_the_plan_found_something(
     assert [(o.provider, o.instance_type) for o in managed.rented] == [
         ("Vast", "1x-H100_SXM-32-65536"), ("RunPod", "1x_H200_SECURE"),
     ]  # fmt: skip
-    renter = Pretend(vast, fails_after_renting=RuntimeError("x"), down_fails=RuntimeError("y"))
+    renter = Pretend(vast, fails_after_renting=RuntimeError("x"))
     with pytest.raises(RetryElsewhereError, match="nothing of it is left"):
-        launch(managed, root, renter, lambda _: None, wait_s=0)
+        launch(managed, root, renter, lambda _: None, sleep=at_once)
     assert vast.instances == {}
     assert "sky jobs logs" in costs(managed)
-    assert f"--stop {NAME} --managed" in costs(managed)
+    assert f"--stop {NAME}`" in costs(managed)
+
+
+@pytest.mark.parametrize("managed", [False, True])
+def test_what_skypilot_could_not_end_is_told_though_vast_is_empty(
+    vast: PretendVast, root: Root, managed: bool
+) -> None:
+    """The controller replaces a job's lost machine; a cluster at RunPod was never looked at."""
+    line = make_plan(load_experiment(ONE_B), [H200], shipped()).lines[0]
+    elsewhere = {} if managed else {"line": line, "alternatives": (line.offer,)}
+    renter = Pretend(vast, fails_after_renting=RuntimeError("x"), down_fails=RuntimeError("y"))
+    with pytest.raises(RetryElsewhereError) as caught:
+        launch(order(managed=managed, **elsewhere), root, renter, lambda _: None, sleep=at_once)
+    what = "cancel the managed job" if managed else "take down the cluster"
+    assert f"SkyPilot could not {what} {NAME} (y)" in str(caught.value)
+    assert ("its controller replaces a machine that is ended" in str(caught.value)) is managed
+    assert f"`tessera launch --stop {NAME}`" in str(caught.value)
+    assert vast.instances == {}
+    (end,) = records(root, ".end.json")
+    assert "SkyPilot could not" in end["may_bill"][0]
+
+
+def test_the_price_handed_over_is_the_dearest_that_may_be_rented() -> None:
+    """Where the provider does not tell its price, a budget ends the run too soon, not late."""
+    assert order(managed=True).envs()["TESSERA_CATALOG_USD_PER_HOUR"] == "3"  # RunPod's H200
+    dear = other(H100, region="X", catalog_usd_per_hour=2.2)
+    plain = order(alternatives=(H100, H200, dear))
+    assert plain.envs()["TESSERA_CATALOG_USD_PER_HOUR"] == "2.2"
+    unknown = other(H100, region="X", catalog_usd_per_hour=None, usd_per_hour=2.4)
+    assert order(alternatives=(unknown,)).catalog_usd_per_hour == 2.4
 
 
 def test_a_plain_launch_stays_with_what_was_agreed_to() -> None:
@@ -320,7 +438,7 @@ def test_a_plain_launch_stays_with_what_was_agreed_to() -> None:
 
 
 def test_a_cluster_of_that_name_is_not_touched(vast: PretendVast, root: Root) -> None:
-    renter = Pretend(vast, status="UP")
+    renter = Pretend(vast, cluster=NAME)
     with pytest.raises(ConflictError, match=rf"{NAME} is there already \(UP\) and may bill"):
         check(order(), root, renter)
     assert renter.ended == 0
@@ -335,7 +453,7 @@ def test_a_provider_that_is_not_enabled(vast: PretendVast, root: Root) -> None:
 
 
 def test_a_finished_run_is_not_paid_for_again(vast: PretendVast, root: Root) -> None:
-    settings = load_experiment(REPOSITORY / "experiments" / "tessera_1b.yaml")
+    settings = load_experiment(ONE_B)
     _attempt(root, ended_at=time.time(), exit_code=0)
     run, _ = create_or_open(root, settings, fingerprint="f" * 64, data={}, run_id=NAME)
     run.end_attempt(run.attempts()[0], Ending("FINISHED", 0, time.time(), 10))
@@ -348,15 +466,6 @@ def test_a_skypilot_that_does_not_answer_rents_nothing(vast: PretendVast, root: 
     renter.exists = lambda name, managed: 1 / 0  # type: ignore[assignment,method-assign,return-value]
     with pytest.raises(RetryElsewhereError, match="nothing was rented"):
         check(order(), root, renter)
-
-
-def test_stop_makes_sure(vast: PretendVast) -> None:
-    renter = Pretend(vast, down_fails=RuntimeError("no cluster record"))
-    renter.rent(f"{NAME}-1a2b3c4d-head")
-    with pytest.raises(RetryElsewhereError, match=r"SkyPilot could not take .* down"):
-        stop(NAME, False, renter, between_s=0)  # gone at vast.ai; elsewhere nobody knows
-    assert vast.instances == {}
-    stop(NAME, False, Pretend(vast), between_s=0)
 
 
 # -- names and settings ----------------------------------------------------------------------------
@@ -383,12 +492,13 @@ def test_labels_of_long_names_are_those_that_skypilot_makes() -> None:
     """Compared with SkyPilot's own functions in tests/sky."""
     long = "an-experiment-with-a-long-name-00c0ffee"
     assert is_labelled(f"{long}-1a2b3c4d-head", long, False)
-    assert is_labelled("an-experiment-with-a-l-x9-12-1a2b3c4d-head", long, True)
-    assert not is_labelled("an-experiment-with-b-l-x9-12-1a2b3c4d-head", long, True)
+    assert is_labelled("an-experiment-with-a-l-cz-12-1a2b3c4d-head", long, True)
+    another = "an-experiment-with-a-long-name-11c0ffee"  # cut to the same 22 characters
+    assert not is_labelled("an-experiment-with-a-l-cz-12-1a2b3c4d-head", another, True)
 
 
 def test_the_run_s_id_is_the_one_that_training_computes(root: Root) -> None:
-    settings = load_experiment(REPOSITORY / "experiments" / "tessera_1b.yaml")
+    settings = load_experiment(ONE_B)
     fingerprint = "0123456789abcdef" * 4
     run, _ = create_or_open(root, settings, fingerprint=fingerprint, data={})
     assert run_id_of(settings, fingerprint, gpu=True) == run.id

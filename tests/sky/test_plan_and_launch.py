@@ -157,6 +157,7 @@ def test_labels_of_machines_are_known_as_skypilot_makes_them(commands: Answers) 
     labels, long = commands["labels"], "an-experiment-with-a-long-name-00c0ffee"
     assert is_labelled(labels["cluster"], long, False)
     assert is_labelled(labels["job"], long, True)
+    assert not is_labelled(labels["job"], f"{long}x", True)  # cut to the same 22 characters
     assert is_labelled(labels["short_job"], "tessera-1b-00c0ffee", True)
 
 
