@@ -19,6 +19,7 @@ from tessera.experiment import Experiment, LinearDecay, Pretrain
 from tessera.ledger.budget import Budget, Plan, closing_usd
 from tessera.ledger.forecast import Forecast
 from tessera.ledger.pace import Pace
+from tessera.ledger.prices import EXPERIMENT
 from tessera.model.shape import parameters
 from tessera.runs import Attempt, CheckpointRef, Run
 from tessera.storage import Root
@@ -292,6 +293,12 @@ def require_payable(experiment: Experiment, place: Attempt, root: Root) -> None:
     budget, price = experiment.budget_usd, place.usd_per_hour
     if price is None:
         raise InputError(_no_price(budget))
+    if place.price_source == EXPERIMENT and place.provider != LOCAL:
+        raise InputError(
+            f"A budget of ${budget:g} cannot rest on the experiment's guess of ${price:g} an hour "
+            f"on a machine rented from {place.provider}; set TESSERA_USD_PER_HOUR to its price, or "
+            "use a provider that tells it."
+        )
     if price == 0 and experiment.tokens is None:
         raise InputError(
             f"At $0 an hour ({place.price_source}) a budget of ${budget:g} never ends; give the "
@@ -314,5 +321,5 @@ def require_payable(experiment: Experiment, place: Attempt, root: Root) -> None:
 def _no_price(budget: float) -> str:
     return (
         f"A budget of ${budget:g} needs to know what an hour costs, and nobody told the price of "
-        "this machine; set TESSERA_USD_PER_HOUR to it, or price.usd_per_hour in the experiment."
+        "this machine; set TESSERA_USD_PER_HOUR to it."
     )

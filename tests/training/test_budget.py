@@ -409,6 +409,26 @@ def test_a_budget_that_cannot_work_is_one_sentence_and_no_run(
     assert list_runs(bench.root) == []
 
 
+def test_the_experiments_guess_is_no_price_of_a_rented_machine(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """However dear the machine is, the budget would believe $1 an hour."""
+    monkeypatch.setenv("RUNPOD_POD_ID", "p1")
+    assert command(bench, "--budget", "5") == 2
+    assert capfd.readouterr().err == (
+        "Error: A budget of $5 cannot rest on the experiment's guess of $1 an hour on a machine "
+        "rented from runpod; set TESSERA_USD_PER_HOUR to its price, or use a provider that tells "
+        "it.\n"
+    )
+    assert list_runs(bench.root) == []
+    few = ("--set", f"tokens={3 * 256}", "--set", "schedule.warmup_steps=1")
+    for name in ("TESSERA_CATALOG_USD_PER_HOUR", "TESSERA_USD_PER_HOUR"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(name, "2")
+            assert command(bench, *few, "--budget", "5", "--new") == 0
+    assert command(bench, *few, "--new") == 0, "without a budget the guess will do"
+
+
 def test_a_fine_tuning_takes_no_budget(bench: Bench, capfd: pytest.CaptureFixture[str]) -> None:
     assert run_command(tessera, bench.arguments("--budget", "5", name="voice")) == 2
     assert "a budget ends a pretraining" in capfd.readouterr().err
