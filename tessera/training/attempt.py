@@ -335,6 +335,8 @@ def _opening(attempt: Attempt, program: Program, created: bool, start: Start) ->
     price = "no price known"
     if attempt.usd_per_hour is not None:
         price = f"${attempt.usd_per_hour:g}/h ({attempt.price_source})"
+        if attempt.nodes > 1:
+            price += f" for {attempt.nodes} machines"
         if attempt.price_source == "experiment":
             price += ", a guess: set TESSERA_USD_PER_HOUR to what you pay"
     count = sum(p.numel() for p in program.trainable.values())
