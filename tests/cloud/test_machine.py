@@ -296,6 +296,16 @@ def test_without_an_answer_the_next_best_price_counts_and_why_is_kept(
     assert (attempt.price_note, attempt.price_followed) == (machine.price.note, True)
 
 
+@pytest.mark.parametrize("status", ["offline", "exited", "stopped", "running", None])
+def test_a_living_host_pays_for_its_gpu_whatever_its_status_says(
+    vast: PretendVast, host: dict[str, str], rent: Rent, status: str | None
+) -> None:
+    number = rent()
+    vast.instances[number]["actual_status"] = status
+    machine = describe_machine(environ=on(host, number))
+    assert machine.price.usd_per_hour == vast.instances[number]["dph_total"]
+
+
 @pytest.mark.parametrize("value", [None, float("nan"), "free", -1.0])
 def test_a_price_that_vanished_is_not_believed(
     vast: PretendVast, host: dict[str, str], rent: Rent, value: object
