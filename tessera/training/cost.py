@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Sequence
 
 from tessera.errors import DamagedError
@@ -13,6 +12,7 @@ from tessera.ledger.traffic import plus_traffic, traffic_usd
 from tessera.runs import Attempt, Run, scan_runs
 from tessera.tracking.journal import last_record_time
 from tessera.tracking.told import corrected
+from tessera.training.clock import now
 from tessera.training.earlier import NOTHING, Past, read_past
 
 
@@ -91,7 +91,7 @@ class RunningCost:
             self._received += received
 
     def note_price(self, usd_per_hour: float, at: float) -> None:
-        """From ``at`` (seconds since the epoch) on an hour of this machine costs so much."""
+        """From ``at`` (``clock.now``) on an hour of this machine costs so much."""
         with self._lock:
             self._prices = (*self._prices, (at, usd_per_hour))
 
@@ -120,7 +120,7 @@ class RunningCost:
         """Dollars of the run up to now, for machines and traffic."""
         with self._lock:
             attempt, prices = self._attempt, self._prices
-        bills = bill([*self._earlier, usage_of(self._run, attempt, time.time(), prices)])
+        bills = bill([*self._earlier, usage_of(self._run, attempt, now(), prices)])
         mine = [item for name, item in bills.items() if name.startswith(f"{self._run.id}/")]
         return plus_traffic(total_usd(mine), self.traffic_usd)
 
