@@ -81,6 +81,26 @@ def test_an_attempt_ends_by_the_clock_that_it_began_with(
     assert max(usd) < 1.0, "an hour costs $1"
 
 
+def test_earlier_rented_machines_are_allowed_ten_idle_minutes_each(paid: Bench) -> None:
+    run = paid.create()
+    for place in (
+        {"instance": "i-1", "usd_per_hour": 6.0}, {"instance": "i-1", "usd_per_hour": 12.0},
+        {"instance": "i-2", "usd_per_hour": 60.0}, {"instance": "i-3", "usd_per_hour": 600.0},
+        {"provider": "local", "instance": "box/1", "usd_per_hour": 6000.0},
+    ):  # fmt: skip
+        paid.clock.now += 10
+        paid.launch(run, **place).end("FAILED", 1)
+    other = paid.launch(paid.create("other"), instance="i-3", usd_per_hour=7.0)
+    other.end("FAILED", 1)
+    last = paid.launch(run, instance="i-3")
+    cost = RunningCost(run, last.attempt)
+    assert cost.idle_usd == pytest.approx(2.0 + 10.0), "neither its own machine nor one's own"
+    before = cost.usd()
+    assert before is not None
+    last.end("FAILED", 1)
+    assert summarise_run(paid.root, run).cost_usd == pytest.approx(before), "it is no dollar spent"
+
+
 def test_earlier_traffic_counts_whatever_became_of_the_work(paid: Bench) -> None:
     run = paid.create()
     first = paid.launch(run, usd_per_gb_up=0.01)
