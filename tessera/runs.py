@@ -118,6 +118,8 @@ class Attempt:
     root and back. ``price_note`` says why the provider's own price is missing where it was asked
     for; ``price_followed``, whether it is asked for again while the attempt runs, so that the
     journal may tell of other prices. ``machine`` is the provider's name of the physical host.
+    ``nodes`` machines of ``devices`` devices each train together, and all prices of an hour are
+    those of all of them; provider, instance and host name the first.
     """
 
     number: int
@@ -139,6 +141,7 @@ class Attempt:
     machine: str = ""
     price_note: str = ""
     price_followed: bool = False
+    nodes: int = 1
 
     @property
     def id(self) -> str:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tessera.cloud.machine import Machine
+from tessera.ledger.prices import AskPrice, Quote
 from tessera.runs import Attempt
 
 
 def place_of(machine: Machine) -> Attempt:
-    """An attempt on this machine, still without a number, a token or a checkpoint."""
+    """An attempt on this machine, still without a number, a token or a checkpoint.
+
+    Every source tells the price of one machine; the attempt's is that of all its machines.
+    """
+    price = machine.price.usd_per_hour
     return Attempt(
         number=0,
         token="",
@@ -17,7 +24,7 @@ def place_of(machine: Machine) -> Attempt:
         host=machine.host,
         device=machine.device,
         devices=machine.devices,
-        usd_per_hour=machine.price.usd_per_hour,
+        usd_per_hour=None if price is None else price * machine.nodes,
         price_source=machine.price.source,
         billed_from=machine.billed_from,
         billed_from_source=machine.billed_from_source,
@@ -27,4 +34,18 @@ def place_of(machine: Machine) -> Attempt:
         machine=machine.machine,
         price_note=machine.price.note,
         price_followed=machine.ask_price is not None,
+        nodes=machine.nodes,
     )
+
+
+def ask_for_all(machine: Machine) -> AskPrice | None:
+    """Asks what an hour of all machines costs now; None where there is nobody to ask."""
+    ask = machine.ask_price
+    if ask is None or machine.nodes == 1:
+        return ask
+
+    def asked() -> Quote:
+        quote = ask()
+        return replace(quote, usd_per_hour=quote.usd_per_hour * machine.nodes)
+
+    return asked

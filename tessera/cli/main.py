@@ -149,7 +149,7 @@ def _train(
         command = [sys.executable, "-m", "tessera", *sys.argv[1:]]
         hand_over()
         return launch(plan, command, grace_s=settings.preemption.grace_s)
-    from tessera.cli.attempts import place_of
+    from tessera.cli.attempts import ask_for_all, place_of
     from tessera.cloud.machine import describe_machine
     from tessera.training.session import train as run_training
     from tessera.training.workplace import Instruments
@@ -165,7 +165,7 @@ def _train(
         click.echo(f"{machine.price.note}; its price is {machine.price.words}.", err=True)
     place = place_of(machine)
     hand_over()
-    instruments = Instruments(ask_price=machine.ask_price)
+    instruments = Instruments(ask_price=ask_for_all(machine))
     result = run_training(
         settings, store, place, run_id=run_id, new=new, quiet=quiet, instruments=instruments
     )

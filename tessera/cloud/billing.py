@@ -69,7 +69,7 @@ class VastHost:
 
 
 def _rental_of(found: VastInstance, ahead_s: float) -> Rental:
-    price = found.usd_per_hour
+    price = found.dph_total  # whatever its status says: what asks here is alive, so it is billed
     if price is None:
         raise ProviderError(
             f"vast.ai tells no usable price for instance {found.id}; set TESSERA_USD_PER_HOUR."

@@ -46,6 +46,7 @@ from tessera.ledger.prices import (
 
 BILLED_FROM_VARIABLE = "TESSERA_BILLED_FROM"
 SETUP_STARTED_VARIABLE = "TESSERA_SETUP_STARTED"
+NODES_VARIABLE = "SKYPILOT_NUM_NODES"
 LOCAL = "local"
 _EARLIEST = 1_577_836_800.0  # 2020: a bill from before is a slip (0, or a number of hours)
 _CLOCK_SKEW_S = 3600.0
@@ -56,7 +57,8 @@ class Machine:
     """Where an attempt runs; times in seconds since the epoch.
 
     ``machine`` is the provider's name of the physical host, empty where it told none. ``ask_price``
-    asks the provider again; None where there is nobody to ask.
+    asks the provider again; None where there is nobody to ask. ``nodes`` machines work together on
+    the job; ``devices`` and every price of an hour are those of this one.
     """
 
     provider: str
@@ -72,6 +74,7 @@ class Machine:
     billed_from: float
     billed_from_source: str
     setup_started_at: float | None
+    nodes: int = 1
     ask_price: AskPrice | None = field(default=None, compare=False)
 
 
@@ -126,6 +129,7 @@ def describe_machine(
         billed_from=billed_from,
         billed_from_source=source,
         setup_started_at=_epoch(environ, SETUP_STARTED_VARIABLE),
+        nodes=_nodes(environ),
         ask_price=place.vast.quote if place.vast and ask else None,
     )
 
@@ -188,6 +192,20 @@ def _place(environ: Mapping[str, str]) -> _Place:
         vast = VastHost(cluster, environ) if cloud == "vast" and cluster else None
         return _Place(cloud, f"{cluster}/{socket.gethostname()}", vast)
     return _Place(LOCAL, f"{socket.gethostname()}/{_boot_id()}")
+
+
+def _nodes(environ: Mapping[str, str]) -> int:
+    """How many machines the job has: SkyPilot's word, else torchrun's, else 1."""
+    for name in (NODES_VARIABLE, "GROUP_WORLD_SIZE"):
+        text = environ.get(name)
+        if not text:
+            continue
+        if not text.isdecimal() or int(text) < 1:
+            raise InputError(
+                f"{name} is {text!r}; expected how many machines work on this job, at least 1."
+            )
+        return int(text)
+    return 1
 
 
 def _boot_id() -> str:

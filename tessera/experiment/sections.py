@@ -229,7 +229,7 @@ class Stability(Section):
 
 
 class Price(Section):
-    """What the machine costs when neither the provider nor TESSERA_USD_PER_HOUR says.
+    """What one machine costs when neither the provider nor TESSERA_USD_PER_HOUR says.
 
     ``usd_per_gb_up`` is the price of traffic from the machine to the root, per 10^9 bytes, and
     ``usd_per_gb_down`` that of the way back.

@@ -5,8 +5,9 @@ The learning rate is constant until ``decay_start`` and then falls in a straight
 falls, only the end moves, and the line goes on from the rate of the last step. Money:
 
     0 ------------- aim -- line ------------------ budget
-      steps are       |     |  reserve: last save, upload, the idle machine until it is down
-      planned to here-'     '-- the hard stop
+      steps are       |     |  reserve: last save, upload, the idle machine until it is down;
+      planned to here-'     |  allowance: earlier machines, idle until they were down
+                            '-- the hard stop
 
 Pure arithmetic; ``tessera.training.budget`` measures and decides.
 """
@@ -98,15 +99,19 @@ class Plan:
 
 @dataclass(frozen=True)
 class Budget:
-    """US dollars of a run, and how many of them are kept back for its end."""
+    """US dollars of a run, and how many of them are kept back for its end.
+
+    ``idle_usd`` allows for what earlier machines cost until they were down: nobody records that.
+    """
 
     usd: float
     reserve_usd: float
+    idle_usd: float = 0.0
 
     @property
     def line_usd(self) -> float:
         """Where the hard stop is."""
-        return self.usd - self.reserve_usd
+        return self.usd - self.reserve_usd - self.idle_usd
 
     @property
     def aim_usd(self) -> float:

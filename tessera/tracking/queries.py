@@ -303,6 +303,7 @@ class AttemptSummary:
     attempt: str
     status: str
     reason: str
+    nodes: int
     device: str
     provider: str
     instance: str
@@ -339,7 +340,8 @@ def summarise_attempts(history: RunHistory, bills: dict[str, Bill]) -> list[Atte
                 attempt=a.id,
                 status=status,
                 reason=ending.reason if ending else "",
-                device=f"{a.devices} x {a.device}",
+                nodes=a.nodes,
+                device=(f"{a.nodes} x " if a.nodes > 1 else "") + f"{a.devices} x {a.device}",
                 provider=a.provider,
                 instance=a.instance,
                 usd_per_hour=a.usd_per_hour,

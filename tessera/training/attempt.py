@@ -9,7 +9,6 @@ came to it.
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -46,6 +45,7 @@ from tessera.training.budget import Recorded, plan_of
 from tessera.training.checkpoint.fetch import Loaded
 from tessera.training.checkpoint.files import local_folder
 from tessera.training.checkpoint.state import allocate_moments, restore_state, training_state
+from tessera.training.clock import now
 from tessera.training.fused import FusedReplica
 from tessera.training.loop import Loop
 from tessera.training.memory import out_of_memory_sentence, resolve_micro_batch
@@ -150,7 +150,7 @@ class Trainer:
             raise
         finally:
             reached = loop.done if loop else start.step
-            outcome = replace(outcome, ended_at=time.time(), step=reached)
+            outcome = replace(outcome, ended_at=now(), step=reached)
             if self.world.is_main:
                 finish_attempt(self.run, attempt, journal, outcome)
             if outcome.outcome in OUTCOMES_DONE and self.world.local_rank == 0:
@@ -335,6 +335,8 @@ def _opening(attempt: Attempt, program: Program, created: bool, start: Start) ->
     price = "no price known"
     if attempt.usd_per_hour is not None:
         price = f"${attempt.usd_per_hour:g}/h ({attempt.price_source})"
+        if attempt.nodes > 1:
+            price += f" for {attempt.nodes} machines"
         if attempt.price_source == "experiment":
             price += ", a guess: set TESSERA_USD_PER_HOUR to what you pay"
     count = sum(p.numel() for p in program.trainable.values())

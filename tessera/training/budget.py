@@ -11,7 +11,7 @@ with the same learning rates; from there on it decides by itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from tessera.errors import DamagedError, InputError
@@ -19,18 +19,18 @@ from tessera.experiment import Experiment, LinearDecay, Pretrain
 from tessera.ledger.budget import Budget, Plan, closing_usd
 from tessera.ledger.forecast import Forecast
 from tessera.ledger.pace import Pace
+from tessera.ledger.prices import EXPERIMENT
 from tessera.model.shape import parameters
-from tessera.runs import Attempt, CheckpointRef, Run
+from tessera.runs import Attempt, CheckpointRef, Run, Segment
 from tessera.storage import Root
 from tessera.tracking.journal import Journal, read_journal
-from tessera.training.cost import RunningCost
+from tessera.training.cost import LOCAL, RunningCost
 from tessera.training.parallel import World
 from tessera.training.pretrain import model_shape
 from tessera.training.program import Program
 from tessera.training.progress import ProgressLine, dollars
 
 PLANNED, STOPPED = "budget/planned", "budget/stopped"
-LOCAL = "local"
 MEASURED, MEASURED_AGAIN = 2, 5
 """Log intervals of an attempt before it moves a plan: the first ones are slow, and where another
 attempt had a plan already there is no hurry. The very first plan is made at once."""
@@ -81,6 +81,7 @@ class BudgetKeeper:
         self._gb_up = attempt.usd_per_gb_up if remote else 0.0
         self._usd, self._schedule = experiment.budget_usd, experiment.schedule
         self._deadline, self._begun_at = float("inf"), 0
+        self._idle_usd = 0.0  # known when it begins
         self.stopped = ""
 
     @property
@@ -91,6 +92,7 @@ class BudgetKeeper:
     def begin(self, done: int) -> None:
         """Before the first step: a run that has spent its money ends at once."""
         self._begun_at = done
+        self._idle_usd = self._world.run_on_main(lambda: self._cost.idle_usd if self._cost else 0.0)
         if done >= self._program.steps:  # stopped and saved before, and died before it could say so
             self.stopped = "an earlier attempt had spent it and saved, and this one publishes"
             return
@@ -128,7 +130,7 @@ class BudgetKeeper:
                 share = tokens / self._experiment.batch.tokens_per_step
                 seconds = share * (facts.seconds_per_step or 0.0)
             due = seconds * facts.usd_per_hour / 3600 + self._closing_usd(facts.usd_per_hour)
-            return facts.usd + due <= self._usd
+            return facts.usd + due <= self._usd - self._idle_usd
 
         return self._world.run_on_main(pays)
 
@@ -177,7 +179,8 @@ class BudgetKeeper:
 
     def _budget(self, usd_per_hour: float) -> Budget:
         reserve = self._experiment.budget_reserve_usd
-        return Budget(self._usd, self._closing_usd(usd_per_hour) if reserve is None else reserve)
+        reserve = self._closing_usd(usd_per_hour) if reserve is None else reserve
+        return Budget(self._usd, reserve, self._idle_usd)
 
     def _decide(self, done: int, facts: Facts) -> Plan:
         now = self._program.plan
@@ -208,9 +211,14 @@ class BudgetKeeper:
             f"{dollars(facts.usd)} of the budget of {dollars(budget.usd)} are spent and "
             f"{dollars(budget.reserve_usd)} are kept back for the end"
         )
+        if budget.idle_usd > 0:
+            self.stopped += (
+                f", {dollars(budget.idle_usd)} for earlier machines until they were down"
+            )
         self._journal.event(
             STOPPED, done, usd_so_far=facts.usd, budget_usd=budget.usd,
-            reserve_usd=budget.reserve_usd, planned_end=self._program.steps,
+            reserve_usd=budget.reserve_usd, idle_usd=budget.idle_usd,
+            planned_end=self._program.steps,
         )  # fmt: skip
         self._line.say(f"{self.stopped}: stopping at step {done}")
         now = self._program.plan
@@ -226,7 +234,7 @@ class BudgetKeeper:
             PLANNED, done, end_step=plan.end_step, decay_start=plan.decay_start, level=plan.level,
             usd_so_far=facts.usd, usd_per_hour=facts.usd_per_hour,
             seconds_per_step=facts.seconds_per_step,
-            reserve_usd=self._budget(facts.usd_per_hour).reserve_usd,
+            reserve_usd=self._budget(facts.usd_per_hour).reserve_usd, idle_usd=self._idle_usd,
             followed=done <= self._recorded.upto,
         )  # fmt: skip
         if first and not self.stopped:
@@ -260,29 +268,66 @@ def plan_of(state: Mapping[str, object], ref: CheckpointRef) -> Plan:
 
 
 def recorded_plans(run: Run, ref: CheckpointRef | None) -> Recorded:
-    """What attempts that went on from ``ref`` (None: from the start) had decided beyond it.
+    """What attempts that came by ``ref`` (None: the start) had decided beyond it.
 
-    Of several the one that got furthest. One whose further steps a rollback gave up says nothing:
-    the run takes another way from ``ref`` on.
+    Those are the ones that went on from there, and those that went on from the same lineage before
+    and had the very plans on the way that led to ``ref``. Of several the one that got furthest. One
+    whose further steps a rollback gave up says nothing: the run takes another way from ``ref`` on.
     """
     if run.record.experiment.get("budget_usd") is None:
         return Recorded()
     step = ref.step if ref else 0
-    rollbacks, found = run.rollbacks(), Recorded()
-    for attempt in run.attempts():
-        if attempt.resumed_from != ref and (ref is None or attempt.id != ref.attempt):
+    rollbacks, found, attempts = run.rollbacks(), Recorded(), run.attempts()
+    segments = _way_to(ref, attempts)
+    told = {segment.attempt: _plans(run, segment.attempt)[0] for segment in segments}
+    way = {at: plan for s in segments for at, plan in _between(told[s.attempt], s.after, s.upto)}
+    for attempt in attempts:
+        since = _leaves_at(attempt, segments)
+        if since is None:
             continue
         if any(r.gives_up(CheckpointRef(step + 1, attempt.id)) for r in rollbacks):
             continue
-        plans, reached = {}, 0
-        for record in read_journal(run, attempt.id):
-            if record.step > step and record.key == "progress/tokens":
-                reached = max(reached, record.step)
-            if record.step > step and record.key == PLANNED:
-                plans[record.step] = Plan.of({"steps": record.value["end_step"], **record.value})
-        if reached > found.upto:
-            found = Recorded(plans, reached)
+        plans, reached = _plans(run, attempt.id)
+        if dict(_between(plans, since, step)) != dict(_between(way, since, step)):
+            continue
+        if reached > max(step, found.upto):
+            found = Recorded({at: plan for at, plan in plans.items() if at > step}, reached)
     return found
+
+
+def _plans(run: Run, attempt: str) -> tuple[dict[int, Plan], int]:
+    """All plans of an attempt by their steps, and the last step that it told of."""
+    plans, reached = {}, 0
+    for record in read_journal(run, attempt):
+        if record.key == "progress/tokens":
+            reached = max(reached, record.step)
+        if record.key == PLANNED:
+            plans[record.step] = Plan.of({"steps": record.value["end_step"], **record.value})
+    return plans, reached
+
+
+def _between(plans: Mapping[int, Plan], after: int, upto: int) -> list[tuple[int, Plan]]:
+    return [(step, plan) for step, plan in plans.items() if after < step <= upto]
+
+
+def _way_to(ref: CheckpointRef | None, attempts: Sequence[Attempt]) -> list[Segment]:
+    """The attempts that led to ``ref``, latest first."""
+    known, way = {attempt.id: attempt for attempt in attempts}, list[Segment]()
+    while ref is not None:
+        attempt = known.get(ref.attempt)
+        before = attempt.resumed_from if attempt else None
+        way.append(Segment(ref.attempt, before.step if before else 0, ref.step))
+        ref = before
+    return way
+
+
+def _leaves_at(attempt: Attempt, way: Sequence[Segment]) -> int | None:
+    """The step of the checkpoint on ``way`` that ``attempt`` went on from; None: it is elsewhere."""
+    ref = attempt.resumed_from
+    if ref is None:
+        return 0
+    on_way = any(s.attempt == ref.attempt and s.after < ref.step <= s.upto for s in way)
+    return ref.step if on_way else None
 
 
 def require_payable(experiment: Experiment, place: Attempt, root: Root) -> None:
@@ -292,6 +337,12 @@ def require_payable(experiment: Experiment, place: Attempt, root: Root) -> None:
     budget, price = experiment.budget_usd, place.usd_per_hour
     if price is None:
         raise InputError(_no_price(budget))
+    if place.price_source == EXPERIMENT and place.provider != LOCAL:
+        raise InputError(
+            f"A budget of ${budget:g} cannot rest on the experiment's guess of ${price:g} an hour "
+            f"on a machine rented from {place.provider}; set TESSERA_USD_PER_HOUR to its price, or "
+            "use a provider that tells it."
+        )
     if price == 0 and experiment.tokens is None:
         raise InputError(
             f"At $0 an hour ({place.price_source}) a budget of ${budget:g} never ends; give the "
@@ -314,5 +365,5 @@ def require_payable(experiment: Experiment, place: Attempt, root: Root) -> None:
 def _no_price(budget: float) -> str:
     return (
         f"A budget of ${budget:g} needs to know what an hour costs, and nobody told the price of "
-        "this machine; set TESSERA_USD_PER_HOUR to it, or price.usd_per_hour in the experiment."
+        "this machine; set TESSERA_USD_PER_HOUR to it."
     )

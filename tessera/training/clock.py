@@ -9,6 +9,16 @@ from contextlib import contextmanager
 
 from tessera.tracking.journal import Journal
 
+_BEGAN = time.time() - time.monotonic()
+
+
+def now() -> float:
+    """Seconds since the epoch by the clock as it was when this process began to train.
+
+    A clock that is set meanwhile, by days perhaps, neither spends money nor gives any back.
+    """
+    return _BEGAN + time.monotonic()
+
 
 class SpanClock:
     """Files wall time under the current category; ``train`` unless another is entered.

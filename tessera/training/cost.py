@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Sequence
 
 from tessera.errors import DamagedError
+from tessera.ledger.budget import IDLE_S
 from tessera.ledger.meter import Usage, bill, total_usd
 from tessera.ledger.prices import PriceChange, Quote
 from tessera.ledger.traffic import plus_traffic, traffic_usd
 from tessera.runs import Attempt, Run, scan_runs
 from tessera.tracking.journal import last_record_time
 from tessera.tracking.told import corrected
+from tessera.training.clock import now
 from tessera.training.earlier import NOTHING, Past, read_past
+
+LOCAL = "local"
+"""The provider of one's own machines, which bill nothing once an attempt is over."""
 
 
 def usage_of(
@@ -43,7 +47,12 @@ class RunningCost:
     instance's bill (a pretraining before this fine-tuning, say) is not this run's. So are the
     journals of this run's earlier attempts whose traffic was billed or whose price was followed;
     this attempt's own traffic and prices are told as they happen. Safe to share among threads.
+
+    ``idle_usd`` is no part of ``usd``: an allowance for what this run's earlier rented machines
+    cost from their last attempt's end until they were down, ``IDLE_S`` each at their last price.
     """
+
+    idle_usd: float
 
     def __init__(self, run: Run, attempt: Attempt) -> None:
         here = (attempt.provider, attempt.instance)
@@ -68,6 +77,8 @@ class RunningCost:
             usage_of(its_run, *_as_told(other, ended, past.get(other.id, NOTHING)))
             for its_run, other, ended in earlier
         ]
+        ours = [usage for usage in self._earlier if usage.attempt.startswith(f"{run.id}/")]
+        self.idle_usd = _idle_usd(ours, here)
         self._run, self._attempt = run, attempt
         self._traffic_before = sum(found.traffic_usd for found in past.values())
         self._sent = self._received = 0
@@ -91,7 +102,7 @@ class RunningCost:
             self._received += received
 
     def note_price(self, usd_per_hour: float, at: float) -> None:
-        """From ``at`` (seconds since the epoch) on an hour of this machine costs so much."""
+        """From ``at`` (``clock.now``) on an hour of this machine costs so much."""
         with self._lock:
             self._prices = (*self._prices, (at, usd_per_hour))
 
@@ -120,7 +131,7 @@ class RunningCost:
         """Dollars of the run up to now, for machines and traffic."""
         with self._lock:
             attempt, prices = self._attempt, self._prices
-        bills = bill([*self._earlier, usage_of(self._run, attempt, time.time(), prices)])
+        bills = bill([*self._earlier, usage_of(self._run, attempt, now(), prices)])
         mine = [item for name, item in bills.items() if name.startswith(f"{self._run.id}/")]
         return plus_traffic(total_usd(mine), self.traffic_usd)
 
@@ -130,6 +141,15 @@ def _as_told(
 ) -> tuple[Attempt, float | None, tuple[PriceChange, ...]]:
     better = attempt if past.quote is None else corrected(attempt, past.quote)
     return better, ended, past.prices
+
+
+def _idle_usd(earlier: Sequence[Usage], here: tuple[str, str]) -> float:
+    last: dict[tuple[str, str], Usage] = {}
+    for usage in sorted(earlier, key=lambda u: u.started_at):
+        last[usage.provider, usage.instance] = usage
+    gone = [u for place, u in last.items() if place != here and u.provider != LOCAL]
+    hours = [max(u.prices)[1] if u.prices else u.usd_per_hour or 0.0 for u in gone]
+    return sum(hours) * IDLE_S / 3600
 
 
 def earlier_traffic_usd(run: Run, attempts: Sequence[Attempt]) -> float:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -19,11 +18,16 @@ from tessera.ledger.prices import PROVIDER, AskPrice, Quote
 from tessera.runs import Attempt
 from tessera.tracking.journal import Journal
 from tessera.tracking.told import HOUR, LATE
+from tessera.training.clock import now
 from tessera.training.cost import RunningCost
 
 EVERY_VARIABLE = "TESSERA_PRICE_EVERY_S"
 EVERY_S = 300.0
 FIRST_S = 30.0
+STRANGE = 3.0
+"""A price that is more than so many times another, either way, is believed at the second look."""
+CONFIRM_S = 30.0
+"""Seconds until that look."""
 SILENT = "price/unanswered"
 """The journal event: the provider no longer says what this machine costs."""
 
@@ -61,23 +65,35 @@ class PriceWatch:
         self._step, self._say = step, say
         self._known = attempt.price_source == PROVIDER
         self._silent = bool(attempt.price_note)  # that is recorded in the attempt already
+        self._doubted: float | None = None
 
-    def look(self) -> None:
-        """Ask once, and record what is new."""
+    def look(self) -> bool:
+        """Ask once, and record what is new; True: a strange price asks for another look soon."""
         try:
             quote = self._ask()
         except TesseraError as error:
             if not self._silent:
                 self._journal.event(SILENT, self._step(), reason=str(error))
             self._silent = True
-            return
+            return False
         self._silent = False
+        if self._doubt(quote.usd_per_hour):
+            return True
         if not self._known:
             self._take_late(quote)
         elif quote.usd_per_hour != self._cost.usd_per_hour:
             before = self._cost.usd_per_hour
             self._note(quote)
             self._say(f"this machine now costs ${quote.usd_per_hour:.4g}/h, before ${before:.4g}/h")
+        return False
+
+    def _doubt(self, usd_per_hour: float) -> bool:
+        """Whether this price is strange beside what counts, and nothing like the last one."""
+        before, doubted = self._cost.usd_per_hour, self._doubted
+        strange = before is not None and _far(before, usd_per_hour)
+        confirmed = doubted is not None and not _far(doubted, usd_per_hour)
+        self._doubted = usd_per_hour if strange and not confirmed else None
+        return self._doubted is not None
 
     def _take_late(self, quote: Quote) -> None:
         self._known = True
@@ -91,29 +107,36 @@ class PriceWatch:
         self._say(f"the provider answers: this machine costs ${quote.usd_per_hour:.4g}/h, {since}")
 
     def _note(self, quote: Quote) -> None:
-        self._cost.note_price(quote.usd_per_hour, time.time())
+        self._cost.note_price(quote.usd_per_hour, now())
         self._journal.metric(HOUR, quote.usd_per_hour, self._step())
 
 
+def _far(one: float, other: float) -> bool:
+    return max(one, other) > STRANGE * min(one, other)
+
+
 @contextmanager
-def follow_price(watch: PriceWatch | None, every: float | None = None) -> Iterator[None]:
+def follow_price(
+    watch: PriceWatch | None, every: float | None = None, confirm: float | None = None
+) -> Iterator[None]:
     """While this lasts ``watch`` looks every so many seconds (None: ``every_s``); None: nobody.
 
     The first time after 30 s at most: the provider may not have answered at the start, or that may
-    be long ago.
+    be long ago. A strange price is looked at again after ``confirm`` seconds (``CONFIRM_S``).
     """
     if watch is None:
         yield
         return
     over = threading.Event()
     wait = every_s() if every is None else every
+    soon = min(wait, CONFIRM_S if confirm is None else confirm)
 
     def keep_looking() -> None:
         pause = min(wait, FIRST_S)
         while not over.wait(pause):
             pause = wait
             try:
-                watch.look()
+                pause = soon if watch.look() else wait
             except Exception:  # the training is worth more than its price tag
                 continue
 

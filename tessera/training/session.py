@@ -9,7 +9,6 @@ Everything that can be refused is refused before the attempt is recorded.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,6 +22,7 @@ from tessera.tracking.journal import adopt
 from tessera.training.attempt import Start, Trainer
 from tessera.training.budget import recorded_plans, require_payable
 from tessera.training.checkpoint.fetch import Loaded, fetch_checkpoint, remove_finished
+from tessera.training.clock import now
 from tessera.training.parallel import World, join, leave
 from tessera.training.preemption import StopRequest, listening
 from tessera.training.prepare import Prepared, prepare
@@ -121,7 +121,7 @@ def _train(
             if isinstance(outcome, Ending):
                 return outcome
             trainer.created = False
-            place = replace(place, started_at=time.time())
+            place = replace(place, started_at=now())
 
 
 def _start(run: Run, world: World) -> Start:

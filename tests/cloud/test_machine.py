@@ -10,7 +10,7 @@ import psutil
 import pytest
 import tenacity
 
-from tessera.cli.attempts import place_of
+from tessera.cli.attempts import ask_for_all, place_of
 from tessera.cloud.billing import first_environ
 from tessera.cloud.machine import describe_machine
 from tessera.errors import InputError
@@ -145,6 +145,50 @@ def test_an_attempt_knows_its_machine() -> None:
     assert 1 <= attempt.devices <= (os.cpu_count() or 1)
 
 
+@pytest.mark.parametrize(
+    ("told", "source"),
+    [
+        ({"TESSERA_USD_PER_HOUR": "32"}, "TESSERA_USD_PER_HOUR"),
+        ({"TESSERA_CATALOG_USD_PER_HOUR": "32"}, "catalog"),
+        ({}, "experiment"),
+    ],
+)
+def test_an_attempt_on_two_machines_costs_both(told: dict[str, str], source: str) -> None:
+    both = {**told, "SKYPILOT_NUM_NODES": "2", "GROUP_WORLD_SIZE": "7"}
+    machine = describe_machine(environ=both, experiment_price=32.0)
+    assert (machine.nodes, machine.price.usd_per_hour) == (2, 32.0)
+    attempt = place_of(machine)
+    assert (attempt.nodes, attempt.usd_per_hour, attempt.price_source) == (2, 64.0, source)
+    one = place_of(describe_machine(environ=told, experiment_price=32.0))
+    assert (one.nodes, one.usd_per_hour) == (1, 32.0)
+    by_torchrun = describe_machine(environ={**told, "GROUP_WORLD_SIZE": "3"}, experiment_price=1.0)
+    assert place_of(by_torchrun).nodes == 3
+    assert place_of(describe_machine(environ={"SKYPILOT_NUM_NODES": "2"})).usd_per_hour is None
+
+
+def test_the_providers_price_is_followed_for_two_machines(
+    vast: PretendVast, host: dict[str, str], rent: Rent
+) -> None:
+    number = rent()
+    price = vast.instances[number]["dph_total"]
+    machine = describe_machine(environ=on(host, number, SKYPILOT_NUM_NODES="2"))
+    assert place_of(machine).usd_per_hour == pytest.approx(2 * price)
+    ask = ask_for_all(machine)
+    assert ask is not None
+    vast.set_price(number, 3.0)
+    quote = ask()
+    assert (quote.usd_per_hour, quote.usd_per_gb_up) == (6.0, 0.01)
+    alone = describe_machine(environ=on(host, number))
+    assert ask_for_all(alone) == alone.ask_price
+    assert ask_for_all(describe_machine(environ={"SKYPILOT_NUM_NODES": "2"})) is None
+
+
+@pytest.mark.parametrize("text", ["two", "0", "-1"])
+def test_a_number_of_machines_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match=f"SKYPILOT_NUM_NODES is '{text}'; expected how many"):
+        describe_machine(environ={"SKYPILOT_NUM_NODES": text})
+
+
 # -- what vast.ai says about this instance ---------------------------------------------------------
 
 
@@ -250,6 +294,16 @@ def test_without_an_answer_the_next_best_price_counts_and_why_is_kept(
     assert machine.billed_from_source == "start of the first process"
     attempt = place_of(machine)
     assert (attempt.price_note, attempt.price_followed) == (machine.price.note, True)
+
+
+@pytest.mark.parametrize("status", ["offline", "exited", "stopped", "running", None])
+def test_a_living_host_pays_for_its_gpu_whatever_its_status_says(
+    vast: PretendVast, host: dict[str, str], rent: Rent, status: str | None
+) -> None:
+    number = rent()
+    vast.instances[number]["actual_status"] = status
+    machine = describe_machine(environ=on(host, number))
+    assert machine.price.usd_per_hour == vast.instances[number]["dph_total"]
 
 
 @pytest.mark.parametrize("value", [None, float("nan"), "free", -1.0])

@@ -32,6 +32,7 @@ class Simulation:
     seconds: Changes = ((1, 36.0),)
     prices: Changes = ((1, 1.0),)
     usd: float = 0.0
+    idle_usd: float = 0.0
     now: float = 0.0
     costs: dict[int, float] = field(default_factory=dict)
     """Dollars of the run once a step was done."""
@@ -82,6 +83,7 @@ class SimulatedCost(RunningCost):
 
     def __init__(self, simulation: Simulation, run: Run, attempt: Attempt) -> None:
         self._simulation = simulation
+        self.idle_usd = simulation.idle_usd
 
     def add_traffic(self, sent: int) -> float:
         return 0.0

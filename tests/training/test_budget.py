@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +19,11 @@ from tessera.cli.common import run_command
 from tessera.cli.main import tessera
 from tessera.evaluation.weights import load_base
 from tessera.ledger.budget import Plan
-from tessera.runs import list_runs
-from tessera.tracking.journal import read_journal
+from tessera.runs import Attempt, CheckpointRef, Rollback, list_runs
+from tessera.tracking.journal import Journal, read_journal
 from tessera.tracking.queries import summarise_run
 from tessera.training import session
-from tessera.training.budget import PLANNED, STOPPED, Recorded
+from tessera.training.budget import PLANNED, STOPPED, Recorded, recorded_plans
 from tessera.training.pretrain import PretrainProgram
 from tests.training.conftest import METRICS, as_options
 from tests.training.disturb import CALM, Disturbance, at
@@ -89,7 +90,8 @@ def test_the_decay_ends_where_the_money_does(bench: Bench) -> None:
     (first,) = plans(bench, run).values()
     assert first | {"reserve_usd": 0.1} == {
         "end_step": CAP, "decay_start": 35, "level": 1.0, "usd_so_far": 0.01, "usd_per_hour": 1.0,
-        "seconds_per_step": pytest.approx(36.0), "reserve_usd": 0.1, "followed": False,
+        "seconds_per_step": pytest.approx(36.0), "reserve_usd": 0.1, "idle_usd": 0.0,
+        "followed": False,
     }  # fmt: skip
 
 
@@ -334,6 +336,59 @@ def test_a_rollback_takes_the_checkpoints_plan_and_gives_no_dollar_back(bench: B
     assert result.exit_code == 0
 
 
+def tell(run: Run, attempt: Attempt, upto: int, ends: dict[int, int]) -> None:
+    """Publish ``attempt`` as one that came to ``upto`` with these planned ends by their steps."""
+    run.publish_attempt(attempt)
+    journal = Journal(run, attempt.id)
+    for step, end in ends.items():
+        journal.event(PLANNED, step, end_step=end, decay_start=30, level=1.0)
+    journal.metric("progress/tokens", 1.0, upto)
+    journal.close()
+
+
+def test_plans_of_the_one_that_got_furthest_hold_over_several_deaths(bench: Bench) -> None:
+    """1 came to 60; 2 follows it from 35 on, saves at 40 and dies at 45; 3 goes on from there."""
+    crash(bench, Simulation(), 5)
+    run = bench.only_run()
+    (one,) = run.attempts()
+    one = replace(one, number=2, token="aa")
+    tell(run, one, 60, {10: 100, 37: 90, 50: 80})
+    two = replace(one, number=3, token="bb", resumed_from=CheckpointRef(35, one.id))
+    tell(run, two, 45, {37: 90})
+    at_40 = CheckpointRef(40, two.id)
+    found = recorded_plans(run, at_40)
+    assert (found.upto, {at: plan.end_step for at, plan in found.plans.items()}) == (60, {50: 80})
+    again = replace(two, number=4, token="cc")  # went on from 35 as well, with plans of its own
+    tell(run, again, 70, {36: 95, 55: 99})
+    beside = replace(two, number=5, token="dd", resumed_from=CheckpointRef(38, again.id))
+    tell(run, beside, 75, {})
+    assert recorded_plans(run, at_40) == found
+    assert recorded_plans(run, CheckpointRef(38, again.id)) == Recorded({}, 75)
+    assert recorded_plans(run, CheckpointRef(36, again.id)).upto == 70
+    assert recorded_plans(run, CheckpointRef(35, one.id)).upto == 70, "none of them counts more"
+    run.publish_rollback(Rollback("6-ee", 40, "bad", (), 1, 0.0))
+    assert recorded_plans(run, at_40) == Recorded()
+
+
+def test_earlier_machines_that_stood_idle_are_allowed_for(bench: Bench) -> None:
+    simulation = Simulation(idle_usd=0.2)
+    run = train(bench, simulation).run
+    assert (bench.last_ending(run).outcome, bench.last_ending(run).step) == ("FINISHED", CAP - 20)
+    assert simulation.usd < LINE - 0.2
+    (first,) = plans(bench, run).values()
+    assert first["idle_usd"] == 0.2
+    assert_decays_to_the_end(bench, run)
+
+
+def test_the_allowance_for_earlier_machines_is_said_where_the_budget_ends_it(bench: Bench) -> None:
+    result = train(bench, Simulation(usd=0.5, idle_usd=0.2))
+    assert bench.last_ending(result.run).outcome == "BUDGET"
+    assert (
+        "$0.1000 are kept back for the end, $0.2000 for earlier machines until they were down"
+        in result.text
+    )
+
+
 # -- what people see -------------------------------------------------------------------------------
 
 
@@ -407,6 +462,26 @@ def test_a_budget_that_cannot_work_is_one_sentence_and_no_run(
     assert says in said
     assert (said.count("\n"), said[:7]) == (1, "Error: ")
     assert list_runs(bench.root) == []
+
+
+def test_the_experiments_guess_is_no_price_of_a_rented_machine(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """However dear the machine is, the budget would believe $1 an hour."""
+    monkeypatch.setenv("RUNPOD_POD_ID", "p1")
+    assert command(bench, "--budget", "5") == 2
+    assert capfd.readouterr().err == (
+        "Error: A budget of $5 cannot rest on the experiment's guess of $1 an hour on a machine "
+        "rented from runpod; set TESSERA_USD_PER_HOUR to its price, or use a provider that tells "
+        "it.\n"
+    )
+    assert list_runs(bench.root) == []
+    few = ("--set", f"tokens={3 * 256}", "--set", "schedule.warmup_steps=1")
+    for name in ("TESSERA_CATALOG_USD_PER_HOUR", "TESSERA_USD_PER_HOUR"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(name, "2")
+            assert command(bench, *few, "--budget", "5", "--new") == 0
+    assert command(bench, *few, "--new") == 0, "without a budget the guess will do"
 
 
 def test_a_fine_tuning_takes_no_budget(bench: Bench, capfd: pytest.CaptureFixture[str]) -> None:

@@ -3,10 +3,10 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -16,6 +16,7 @@ from tessera.runs import list_runs
 from tessera.storage import Root
 from tessera.tracking.history import ALIVE_S
 from tessera.tracking.queries import summarise_run
+from tessera.training.clock import now
 from tessera.training.cost import RunningCost, earlier_traffic_usd
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ made = importlib.import_module("fabricate").bench
 @pytest.fixture
 def paid(made: Bench) -> Bench:
     """A root of made-up runs, whose clock the running cost goes by as well."""
-    made.monkeypatch.setattr("tessera.training.cost.time", SimpleNamespace(time=made.clock))
+    made.monkeypatch.setattr("tessera.training.cost.now", made.clock)
     return made
 
 
@@ -47,6 +48,57 @@ def test_a_machine_without_traffic_costs_its_time(paid: Bench) -> None:
     assert cost.add_traffic(10**9) == 0.0  # nobody bills it
     assert cost.usd() == pytest.approx(0.1)
     writer.kill()
+
+
+@pytest.mark.parametrize("days", [30, -30])
+def test_a_clock_that_is_set_meanwhile_spends_nothing(
+    made: Bench, monkeypatch: pytest.MonkeyPatch, days: int
+) -> None:
+    began = now()
+    writer = made.launch(made.create(), started_at=began, billed_from=began - 10)
+    cost = RunningCost(writer.run, writer.attempt)
+    wrong = time.time() + days * 86400
+    monkeypatch.setattr("time.time", lambda: wrong)
+    assert cost.usd() == pytest.approx(0.01, abs=0.005)
+    monkeypatch.undo()
+    writer.kill()
+
+
+def test_an_attempt_ends_by_the_clock_that_it_began_with(
+    bench: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the next one would find the days of the jump on the bill."""
+    plain, ahead = time.time, [0.0]
+
+    def jump(_: Any) -> None:
+        ahead[0] = 30 * 86400.0
+
+    monkeypatch.setattr("time.time", lambda: plain() + ahead[0])
+    bench.before_step(10, jump, monkeypatch)
+    run = bench.train().run
+    assert 0 < bench.last_ending(run).ended_at - run.attempts()[0].started_at < 3600
+    usd = list(bench.points(run, "cost/usd").values())
+    assert max(usd) < 1.0, "an hour costs $1"
+
+
+def test_earlier_rented_machines_are_allowed_ten_idle_minutes_each(paid: Bench) -> None:
+    run = paid.create()
+    for place in (
+        {"instance": "i-1", "usd_per_hour": 6.0}, {"instance": "i-1", "usd_per_hour": 12.0},
+        {"instance": "i-2", "usd_per_hour": 60.0}, {"instance": "i-3", "usd_per_hour": 600.0},
+        {"provider": "local", "instance": "box/1", "usd_per_hour": 6000.0},
+    ):  # fmt: skip
+        paid.clock.now += 10
+        paid.launch(run, **place).end("FAILED", 1)
+    other = paid.launch(paid.create("other"), instance="i-3", usd_per_hour=7.0)
+    other.end("FAILED", 1)
+    last = paid.launch(run, instance="i-3")
+    cost = RunningCost(run, last.attempt)
+    assert cost.idle_usd == pytest.approx(2.0 + 10.0), "neither its own machine nor one's own"
+    before = cost.usd()
+    assert before is not None
+    last.end("FAILED", 1)
+    assert summarise_run(paid.root, run).cost_usd == pytest.approx(before), "it is no dollar spent"
 
 
 def test_earlier_traffic_counts_whatever_became_of_the_work(paid: Bench) -> None:

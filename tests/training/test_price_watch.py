@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -41,8 +40,7 @@ made = importlib.import_module("fabricate").bench
 def paid(made: Bench) -> Bench:
     """A root of made-up runs, whose clock the running cost and the watch go by as well."""
     for module in ("cost", "price_watch"):
-        clock = SimpleNamespace(time=made.clock, monotonic=time.monotonic)
-        made.monkeypatch.setattr(f"tessera.training.{module}.time", clock)
+        made.monkeypatch.setattr(f"tessera.training.{module}.now", made.clock)
     return made
 
 
@@ -163,6 +161,44 @@ def test_an_outage_is_told_once_and_changes_nothing(paid: Bench) -> None:
     watched.writer.kill()
 
 
+@pytest.mark.parametrize("strange", [0.0, 0.1, 1.1, 11.0, 360.0])
+def test_a_strange_price_is_believed_at_the_second_look(paid: Bench, strange: float) -> None:
+    watched = launch(paid)
+    for answer in (bid(strange), fixed(3.6), bid(strange)):  # twice, but not in a row
+        watched.provider.answer = answer
+        assert watched.watch.look() == (answer.usd_per_hour == strange)
+        assert watched.told() == []
+        assert watched.cost.usd_per_hour == 3.6
+    watched.provider.answer = ProviderError("out.")
+    assert not watched.watch.look()
+    watched.provider.answer = bid(strange * 1.1)
+    assert not watched.watch.look()
+    assert watched.cost.usd_per_hour == strange * 1.1
+    watched.writer.kill()
+
+
+def test_two_strange_prices_that_differ_confirm_nothing(paid: Bench) -> None:
+    watched = launch(paid)
+    for usd in (0.0, 36.0, 0.36, 0.0):
+        watched.provider.answer = bid(usd)
+        assert watched.watch.look()
+    assert (watched.told(), watched.cost.usd_per_hour) == ([], 3.6)
+    watched.provider.answer = bid(3.6 * 3)
+    assert not watched.watch.look(), "three times as much may be at once"
+    assert watched.cost.usd_per_hour == pytest.approx(10.8)
+    watched.writer.kill()
+
+
+def test_the_thread_looks_again_soon_at_a_strange_price(paid: Bench) -> None:
+    watched = launch(paid)
+    watched.provider.answer = bid(36.0)
+    paid.monkeypatch.setattr("tessera.training.price_watch.FIRST_S", 0.02)
+    with follow_price(watched.watch, 3600.0, confirm=0.02):
+        until(lambda: watched.cost.usd_per_hour == 36.0)
+    assert watched.provider.asked == 2
+    watched.writer.kill()
+
+
 GUESSED = {"usd_per_hour": 36.0, "price_source": "catalog", "price_note": "vast.ai answered 500"}
 
 
@@ -178,6 +214,7 @@ def test_a_fixed_price_that_is_told_late_counts_from_the_start(paid: Bench) -> N
     watched.writer.journal.metric("traffic/down_bytes", 1e9, 1)
     assert watched.cost.usd() == pytest.approx(1.0 + 0.01 + 0.02)
     watched.provider.answer = fixed(3.6, usd_per_gb_up=0.03)
+    assert watched.watch.look(), "a tenth of the guess: asked again"
     watched.watch.look()
     assert watched.said == ["the provider answers: this machine costs $3.6/h, and has all along"]
     assert [key for key, _ in watched.told()] == ["price/provider", "cost/usd_per_hour"]
@@ -192,6 +229,7 @@ def test_a_bid_that_is_told_late_counts_from_then_on(paid: Bench) -> None:
     watched = launch(paid, **GUESSED)
     paid.clock.now += 100
     watched.provider.answer = bid(3.6)
+    assert watched.watch.look(), "a tenth of the guess: asked again"
     watched.watch.look()
     assert watched.said == ["the provider answers: this machine costs $3.6/h, from now on"]
     paid.clock.now += 100
@@ -270,7 +308,8 @@ def test_the_running_cost_and_the_tables_agree(
                     "out": ProviderError("out."),
                 }
                 watched.provider.answer = answers[kind]
-                watched.watch.look()
+                while watched.watch.look():
+                    pass
         paid.clock.now += 30
         usd_now = watched.cost.usd()
         writer.end("FAILED", 1)

@@ -111,7 +111,7 @@ def opening(basis: Basis, source: str, data: str, card: Card, quick: bool) -> Do
         },
         "card": dataclasses.asdict(card),
         "data": data,
-        "price": dataclasses.asdict(basis.price),
+        "price": _told(basis.price),
         "mfu": {
             "formula": MFU_FORMULA,
             "flops_per_token": flops_per_token(basis.shape, experiment.sequence),
@@ -237,3 +237,9 @@ def _empty_row(name: str, reason: str | None) -> Document:
         "usd": None,
         "projected_from_layers": None,
     }
+
+
+def _told(price: HourlyPrice) -> dict[str, Any]:
+    """The price and its source; why the provider's own is missing only where it is."""
+    found = dataclasses.asdict(price)
+    return found if price.note else {key: found[key] for key in ("usd_per_hour", "source")}
