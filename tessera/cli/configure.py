@@ -169,8 +169,8 @@ def validate_one(variable: str, value: str) -> None:
         return
     if variable == "TESSERA_ROOT" and "://" not in value:
         raise InputError(
-            f"{value!r} is a folder of this machine; a rented machine needs a root that it can "
-            "reach, such as s3://bucket/prefix (--root)."
+            f"{value!r} is a folder of this machine; a rented machine needs one that it can reach: "
+            "--root s3://bucket/prefix."
         )
     if variable in (_MLFLOW, "AWS_ENDPOINT_URL") and not value.startswith(("http://", "https://")):
         raise InputError(

@@ -82,6 +82,8 @@ def test_variables_are_tried_and_written_and_never_shown(
         ("--endpoint", "http://127.0.0.1:9", "is the endpoint right"),
         ("--mlflow-uri", "http://127.0.0.1:9", "does not answer"),
         ("--root", "folder", "a rented machine needs one that it can reach"),
+        ("--mlflow-uri", "junk", "expected a URL that begins with https:// or http://"),
+        ("--endpoint", "127.0.0.1:18900", "expected a URL that begins with https:// or http://"),
         ("--usd-per-hour", "many", "expected US dollars an hour"),
         ("--usd-per-gb-up", "-1", "expected US dollars for 10^9 bytes"),
         ("--access-key-id", "-", "without access-key-id"),
@@ -105,14 +107,14 @@ def test_questions_are_answered_once_and_kept(bucket: Store, home: Path) -> None
     environment = bucket.environment()
     answers = [
         bucket.url("asked"), environment["AWS_ENDPOINT_URL"], "us-east-1", bucket.access_key,
-        bucket.secret_key, "", "", "", "1.5", "", "",
+        bucket.secret_key, "", "1.5", "", "",
     ]  # fmt: skip
     code, shown = run(answers="\n".join(answers) + "\n")
     assert code == 0, shown
     assert bucket.secret_key not in shown
     first = read_settings(home)
     assert first["TESSERA_ROOT"] == bucket.url("asked")
-    code, shown = run(answers="\n" * 8 + "-\n\n\n")
+    code, shown = run(answers="\n" * 6 + "-\n\n\n")
     assert code == 0, shown
     assert bucket.secret_key not in shown
     assert "[kept]" in shown

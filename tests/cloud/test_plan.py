@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from tessera.cli._plan_view import Commands, print_plan
 from tessera.cloud.offers import Offer
 from tessera.cloud.plan import Corpus, Plan, Work, make_plan
+from tessera.cloud.skypilot import TaskFile
 from tessera.cloud.speeds import shipped
 from tessera.errors import InputError
 from tessera.experiment import Pretrain, load_experiment
@@ -164,3 +166,22 @@ def test_the_cheapest_that_can_be_launched() -> None:
     assert plan.cheapest is not None
     assert plan.cheapest.offer is H100
     assert planned().cheapest is None
+
+
+@pytest.mark.parametrize(("columns", "parts"), [("80", False), ("140", True)])
+def test_the_table_fits_the_terminal(
+    columns: str, parts: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    commands = Commands(
+        file=TaskFile(REPOSITORY / "sky" / "pretrain_h100.yaml"),
+        experiment="experiments/tessera_1b.yaml", overrides=(), gpu=None, card=None,
+        budget_usd=None, managed=False, bid=None, task=None, provider=None, run_id="tessera-1b",
+    )  # fmt: skip
+    print_plan(planned(H100, H200), commands, 10)
+    shown = capsys.readouterr().out.split("Launch the cheapest")[0]
+    assert max(len(line) for line in shown.splitlines()) <= int(columns)
+    assert ("traffic" in shown.splitlines()[2]) == parts
+    for word in ("74,739", "total", H100.region.split(",")[0]):
+        assert word in shown  # nothing that is needed to choose was cut
+    assert ("~ is projected" in shown) == (not parts)
