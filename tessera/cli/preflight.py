@@ -58,7 +58,8 @@ def _limit(name: str, default: float, text: str) -> Callable[[F], F]:
 @_limit("min-speed", 0.8, "Share of the tokens/s measured for this card.")
 @_limit("min-projected-speed", 0.5, "The same where they are only projected from another card.")
 @_limit("min-power", 0.9, "Share of the card's default power limit and clocks.")
-@_limit("max-saving", 0.5, "Share of the time between checkpoints that sending one may take.")
+@_limit("max-saving", 0.5, "Say so if sending takes more of the time between checkpoints.")
+@_limit("min-upload", 1.0, "MB/s, measured twice, below which checkpoints that late are a no-go.")
 @_limit("max-skew", 60.0, "Seconds between the clocks of this machine and of the store.")
 @_limit("patience", 300.0, "Seconds to wait for a root that does not answer.")
 @json_option
@@ -101,6 +102,7 @@ def preflight(
             projected_speed=limits["min_projected_speed"],
             power=limits["min_power"],
             saving=limits["max_saving"],
+            upload=limits["min_upload"] * 1e6,
             skew_s=limits["max_skew"],
             patience_s=limits["patience"],
         ),

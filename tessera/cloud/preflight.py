@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from tenacity import Retrying, retry_if_exception, stop_before_delay, wait_rando
 
 from tessera.cloud.cards import card_named
 from tessera.cloud.nvidia import Gpu, list_gpus, summary
-from tessera.cloud.probe import ClockError, RootProbe, clock_named, probe_root
+from tessera.cloud.probe import AS_SAVED, ClockError, RootProbe, clock_named, probe_root
 from tessera.cloud.speeds import shipped, speed_of
 from tessera.errors import InputError, RetryElsewhereError, TesseraError
 from tessera.experiment import Experiment, Pretrain
@@ -50,15 +51,17 @@ class Limits:
 
     Shares of 1: ``speed`` of the speed that was measured for this card, ``projected_speed`` of one
     that is only projected, ``power`` of the card's default power limit (and its clocks), ``saving``
-    of the time between two checkpoints that sending one to the root may take. ``skew_s``: seconds
-    between the clocks of this machine and of the store. ``patience_s``: seconds that a root may
-    take to answer at all.
+    of the time between two checkpoints that sending one to the root may take before that is said.
+    ``upload``: bytes a second below which, measured twice, such a root is no place for them.
+    ``skew_s``: seconds between the clocks of this machine and of the store. ``patience_s``: seconds
+    that a root may take to answer at all.
     """
 
     speed: float = 0.8
     projected_speed: float = 0.5
     power: float = 0.9
     saving: float = 0.5
+    upload: float = 1e6
     skew_s: float = 60.0
     patience_s: float = 300.0
 
@@ -164,7 +167,7 @@ def look(
     elif not findings.against:
         said("the speed of a step")
         look_at_speed(findings, experiment, bench_arguments, wanted, limits)
-        look_at_saving(findings, experiment, limits)
+        look_at_saving(findings, experiment, root_url, limits)
     return findings
 
 
@@ -257,7 +260,7 @@ def look_at_root(findings: Findings, url: str, limits: Limits) -> None:
         reraise=True,
     )
     try:
-        found = waiting(probe_root, url)
+        found = waiting(probe_root, url, size=AS_SAVED)
     except TesseraError as error:
         code = MACHINE if error.exit_code == MACHINE else INPUT
         name = "clock" if isinstance(error, ClockError) else "root"
@@ -345,18 +348,38 @@ def tokens_per_s_of(document: Mapping[str, Any]) -> float:
     return float(row["tokens_per_s"])
 
 
-def look_at_saving(findings: Findings, experiment: Experiment | None, limits: Limits) -> None:
-    """Whether checkpoints reach the root as fast as training makes them."""
+def look_at_saving(
+    findings: Findings, experiment: Experiment | None, url: str | None, limits: Limits
+) -> None:
+    """Whether checkpoints reach the root as fast as training makes them.
+
+    A slow bucket goes along to the next machine, so by itself it refuses none.
+    """
     probe, speed = findings.probe, findings.tokens_per_s
-    if probe is None or speed is None or not isinstance(experiment, Pretrain):
+    if probe is None or speed is None or url is None or not isinstance(experiment, Pretrain):
         return
-    sending_s = _CHECKPOINT_BYTES * _parameters(experiment) / probe.write_bytes_per_s
+    rate = probe.write_bytes_per_s
     between = experiment.checkpoint.every_steps * experiment.batch.tokens_per_step / speed
-    found = f"{sending_s:,.0f} s to send, every {between:,.0f} s"
-    if sending_s > limits.saving * between:
-        findings.no("checkpoints", found, f"more than {limits.saving:.0%} of the time is sending")
-    else:
+    size = _CHECKPOINT_BYTES * _parameters(experiment)
+    late = size / rate > limits.saving * between
+    if late and rate < limits.upload:
+        with suppress(TesseraError):  # it answered before: one measurement stays
+            rate = max(rate, probe_root(url, size=AS_SAVED).write_bytes_per_s)
+            late = size / rate > limits.saving * between
+    found = f"{size / rate:,.0f} s to send, every {between:,.0f} s"
+    if not late:
         findings.go("checkpoints", found)
+    elif rate < limits.upload:
+        findings.no(
+            "checkpoints", found,
+            f"measured twice, the root takes {rate / 1e6:,.2g} MB/s, below {limits.upload / 1e6:g}",
+        )  # fmt: skip
+    else:
+        findings.go(
+            "checkpoints", found,
+            f"more than {limits.saving:.0%} of the time is sending; a preemption loses less with "
+            "a store that is nearer",
+        )  # fmt: skip
 
 
 def _run(command: Sequence[str], patience_s: float) -> subprocess.CompletedProcess[str]:

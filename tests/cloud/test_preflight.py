@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from tessera.cli.main import tessera
 from tessera.cloud.machine import describe_machine
-from tessera.cloud.probe import variables
+from tessera.cloud.probe import AS_SAVED, RootProbe, variables
 from tessera.cloud.refusals import refuse
 from tessera.errors import TesseraError
 from tessera.storage import Root
@@ -225,11 +225,38 @@ def test_steps_that_cannot_be_measured(box: Box) -> None:
     assert "out of memory" in found(document, "speed")["reason"]
 
 
-def test_a_root_that_is_too_slow_for_its_checkpoints(box: Box) -> None:
+def test_a_root_that_is_slow_for_its_checkpoints_is_said_and_refuses_no_machine(box: Box) -> None:
     box.gpus().torch().bench(1e12)  # a step takes no time, so the next checkpoint is due at once
-    code, document, _ = box.run(SMOKE, TESSERA_GPU="H100")
-    assert code == 75
+    code, document, said = box.run(SMOKE, TESSERA_GPU="H100", **RENTED)
+    assert (code, said) == (0, "")
+    assert found(document, "checkpoints")["verdict"] == "note"
     assert "of the time is sending" in found(document, "checkpoints")["reason"]
+
+
+@pytest.mark.parametrize(("again", "code"), [(0.4e6, 75), (0.6e6, 75), (5e6, 0)])
+def test_a_root_below_the_floor_is_measured_twice(box: Box, again: float, code: int) -> None:
+    rates = [0.5e6, again]
+
+    def probed(url: str, *, size: int) -> RootProbe:
+        assert size == AS_SAVED
+        return RootProbe(size, rates.pop(0), 1e9, 0.1, None)
+
+    box.patch.setattr("tessera.cloud.preflight.probe_root", probed)
+    box.gpus().torch().bench(1e12)
+    ended, document, said = box.run(SMOKE, TESSERA_GPU="H100")
+    assert (ended, rates) == (code, [])
+    if code:
+        rate = max(0.5, again / 1e6)
+        assert f"measured twice, the root takes {rate} MB/s, below 1" in said
+    else:
+        assert found(document, "checkpoints")["verdict"] == "note"
+
+
+def test_a_root_below_the_floor_that_is_fast_enough_is_go(box: Box) -> None:
+    box.gpus().torch().bench(1e3)
+    code, document, _ = box.run(SMOKE, "--min-upload", "1e9", TESSERA_GPU="H100")
+    assert code == 0
+    assert found(document, "checkpoints")["verdict"] == "go"
 
 
 def test_a_wrong_key_and_a_folder_that_is_not_there_are_no_matter_of_the_machine(box: Box) -> None:
