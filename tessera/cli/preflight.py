@@ -245,11 +245,16 @@ def _verdict(findings: Findings, machine: Machine, wanted: Wanted, root: str | N
     from tessera.cloud.machine import LOCAL
     from tessera.cloud.nvidia import summary
     from tessera.cloud.preflight import INPUT
-    from tessera.cloud.refusals import refuse
-    from tessera.errors import InputError, RetryElsewhereError
+    from tessera.cloud.refusals import forgive, refuse
+    from tessera.errors import InputError, RetryElsewhereError, TesseraError
     from tessera.storage import open_root
 
     if not findings.against:
+        if machine.provider != LOCAL and root is not None:
+            try:
+                forgive(open_root(root))
+            except TesseraError as error:
+                click.echo(f"preflight: earlier refusals still count: {error}", err=True)
         return 0
     reason = "; ".join(f"{c.name}: {c.found}: {c.reason}" for c in findings.against)
     if findings.exit_code == INPUT:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -323,7 +324,8 @@ def look_at_speed(
     try:
         one = tokens_per_s_of(json.loads(done.stdout))
     except (ValueError, KeyError, TypeError):
-        findings.no("speed", "none", f"no step could be measured ({_last(done.stderr)})")
+        reason, code = why_not_measured(done.stdout, _last(done.stderr), done.returncode)
+        findings.no("speed", "none", f"no step could be measured ({reason})", code)
         return
     findings.tokens_per_s = one * wanted.gpus
     each = f", {wanted.gpus} GPUs if they scale" if wanted.gpus > 1 else ""
@@ -340,6 +342,20 @@ def look_at_speed(
         findings.no("speed", found, f"{told}, below {least:.0%}")
     else:
         findings.go("speed", f"{found}, {told}")
+
+
+def why_not_measured(document: str, said: str, exit_code: int) -> tuple[str, int]:
+    """Why ``tessera bench`` measured nothing, and whose matter that is: 2 or 75.
+
+    It leaves with 2 for whatever a step died of; an error that names its type (``AcceleratorError:
+    ...``), and a GPU that is busy, are the machine's.
+    """
+    try:
+        reason = str(json.loads(document)["rows"][0]["reason"] or said)
+    except (ValueError, KeyError, TypeError, IndexError):
+        return said, INPUT if exit_code == INPUT else MACHINE
+    machine_s = re.match(r"\w+(Error|Exception)\b", reason) or "something else keeps" in reason
+    return reason, MACHINE if machine_s or exit_code != INPUT else INPUT
 
 
 def tokens_per_s_of(document: Mapping[str, Any]) -> float:

@@ -64,12 +64,15 @@ class Box:
         )
         return self
 
-    def bench(self, tokens_per_s: float | None) -> Box:
+    def bench(self, tokens_per_s: float | None, reason: str = "") -> Box:
         rows = [{"name": "experiment", "tokens_per_s": tokens_per_s}]
         document = json.dumps({"rows": rows, "best": "experiment"})
         body = f"print({document!r})\n"
         if tokens_per_s is None:
-            body = "raise SystemExit('Error: Nothing could be measured here: out of memory.')\n"
+            body = "raise SystemExit('Error: the driver is gone.')\n"
+        if reason:
+            failed = {"rows": [{"name": "experiment", "reason": reason}], "best": None}
+            body = f"print({json.dumps(failed)!r})\nraise SystemExit(2)\n"
         self._package("tessera", "", main=body)
         return self
 
@@ -222,7 +225,26 @@ def test_steps_that_cannot_be_measured(box: Box) -> None:
     box.gpus().torch().bench(None)
     code, document, _ = box.run(SMOKE, TESSERA_GPU="H100")
     assert code == 75
-    assert "out of memory" in found(document, "speed")["reason"]
+    assert "the driver is gone" in found(document, "speed")["reason"]
+
+
+@pytest.mark.parametrize(
+    ("reason", "code"),
+    [
+        ("out of memory", 2),
+        ("micro-batch 3 does not divide the step's 8 samples", 2),
+        ("AcceleratorError: CUDA error: uncorrectable ECC error encountered", 75),
+        ("a deeper model was not slower than a shallow one: something else keeps it busy", 75),
+    ],
+)
+def test_an_experiment_that_fits_no_such_machine_is_no_refusal(
+    box: Box, reason: str, code: int
+) -> None:
+    box.gpus().torch().bench(None, reason)
+    ended, document, said = box.run(SMOKE, TESSERA_GPU="H100", **RENTED)
+    assert ended == code
+    assert reason in found(document, "speed")["reason"]
+    assert len(Root(str(box.root)).files("refusals")) == (code == 75)
 
 
 def test_a_root_that_is_slow_for_its_checkpoints_is_said_and_refuses_no_machine(box: Box) -> None:
@@ -309,6 +331,16 @@ def test_three_no_goes_of_a_job_are_final_and_each_is_in_the_root(box: Box) -> N
     home = {"SKYPILOT_TASK_ID": "", "SKYPILOT_CLUSTER_INFO": ""}
     assert box.run(SMOKE, TESSERA_GPU="H100", **home)[0] == 75
     assert len(root.files("refusals")) == 3
+
+
+def test_a_machine_that_passes_forgives_the_refusals_before_it(box: Box) -> None:
+    box.torch().bench(1e3)
+    for _ in range(2):
+        codes = [
+            box.gpus(power=power).run(SMOKE, TESSERA_GPU="H100", **RENTED)[0]
+            for power in ("300.00", "300.00", "700.00")
+        ]
+        assert codes == [75, 75, 0]
 
 
 def test_a_host_that_was_refused_before_is_named(box: Box) -> None:
