@@ -22,18 +22,15 @@ from typing import Any, Literal
 from tenacity import Retrying, retry_if_exception, stop_before_delay, wait_random_exponential
 
 from tessera.cloud.cards import card_named
+from tessera.cloud.disk import GIB, already_here, checkpoint_bytes, disk_needed
 from tessera.cloud.nvidia import Gpu, list_gpus, summary
 from tessera.cloud.probe import AS_SAVED, ClockError, RootProbe, clock_named, probe_root
 from tessera.cloud.speeds import shipped, speed_of
 from tessera.errors import InputError, RetryElsewhereError, TesseraError
 from tessera.experiment import Experiment, Pretrain
-from tessera.model.shape import ModelShape, parameters
 from tessera.storage import cache_folder
 
 MACHINE, INPUT = RetryElsewhereError.exit_code, InputError.exit_code
-GIB = 2**30
-_LEAST_DISK = 2 * GIB
-_CHECKPOINT_BYTES = 12  # a parameter: weight and two moments, float32
 _TORCH_PATIENCE_S = 180.0
 _BENCH_PATIENCE_S = 900.0
 _ASK_TORCH = """
@@ -217,31 +214,17 @@ def _look_at_shares(
         findings.go(name, found)
 
 
-def disk_needed(experiment: Experiment | None) -> int:
-    """Bytes that a run takes on the local disk: shards, checkpoints, published weights."""
-    if not isinstance(experiment, Pretrain):
-        return _LEAST_DISK
-    count = _parameters(experiment)
-    cache = experiment.data.cache_gib * GIB
-    shards = min(cache, 2 * experiment.tokens) if experiment.tokens else cache  # uint16
-    # Kept, being uploaded, being written: as training itself counts them.
-    checkpoints = (experiment.checkpoint.local_keep + 2) * _CHECKPOINT_BYTES * count
-    return max(_LEAST_DISK, int(shards) + checkpoints + 4 * count)
-
-
-def _parameters(experiment: Pretrain) -> int:
-    return parameters(ModelShape(**experiment.model.model_dump(exclude={"init_std"})))
-
-
 def look_at_disk(findings: Findings, experiment: Experiment | None) -> None:
     """Room where shards and checkpoints will lie."""
     folder = cache_folder()
     need, standing = disk_needed(experiment), folder
+    held = already_here(experiment, folder)
     while not standing.exists() and standing != standing.parent:
         standing = standing.parent
     free = shutil.disk_usage(standing).free
-    found = f"{free / GIB:,.1f} GiB free, {need / GIB:,.1f} needed"
-    if free >= need:
+    here = f" and {held / GIB:,.1f} of this run's here" if held else ""
+    found = f"{free / GIB:,.1f} GiB free{here}, {need / GIB:,.1f} needed"
+    if free + held >= need:
         findings.go("disk", found)
     else:
         findings.no(
@@ -376,7 +359,7 @@ def look_at_saving(
         return
     rate = probe.write_bytes_per_s
     between = experiment.checkpoint.every_steps * experiment.batch.tokens_per_step / speed
-    size = _CHECKPOINT_BYTES * _parameters(experiment)
+    size = checkpoint_bytes(experiment)
     late = size / rate > limits.saving * between
     if late and rate < limits.upload:
         with suppress(TesseraError):  # it answered before: one measurement stays

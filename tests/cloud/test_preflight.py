@@ -14,10 +14,12 @@ import pytest
 from click.testing import CliRunner
 
 from tessera.cli.main import tessera
+from tessera.cloud.disk import already_here, disk_needed
 from tessera.cloud.machine import describe_machine
 from tessera.cloud.probe import AS_SAVED, RootProbe, variables
 from tessera.cloud.refusals import refuse
 from tessera.errors import TesseraError
+from tessera.experiment import load_experiment
 from tessera.storage import Root
 from tests.cloud.pretend_s3 import pretend_s3
 
@@ -211,6 +213,21 @@ def test_a_disk_that_is_too_small(box: Box) -> None:
     assert "is too small" in said
 
 
+def test_what_a_resumed_run_left_on_the_disk_is_not_asked_for_again(tmp_path: Path) -> None:
+    experiment = load_experiment(REFERENCE)
+    for place, size in (
+        ("shards/a", 5), ("checkpoints/x/tessera-1b-ab/10/f", 30), ("checkpoints/x/other-1/f", 700),
+    ):  # fmt: skip
+        path = tmp_path / place
+        path.parent.mkdir(parents=True)
+        path.write_bytes(bytes(size))
+    assert already_here(experiment, tmp_path, {}) == 35
+    assert already_here(experiment, tmp_path, {"TESSERA_RUN_ID": "other-1"}) == 705
+    with (tmp_path / "shards/a").open("ab") as file:
+        file.truncate(10**12)  # sparse: shards are never worth more than is needed
+    assert already_here(experiment, tmp_path, {}) <= disk_needed(experiment)
+
+
 def test_a_card_that_is_slower_than_it_was_measured(box: Box) -> None:
     room = ("--set", "checkpoint.every_steps=2000000", "--set", "checkpoint.local_keep=1")
     box.gpus("NVIDIA H200").torch().bench(50_000.0)
@@ -241,7 +258,7 @@ def test_an_experiment_that_fits_no_such_machine_is_no_refusal(
     box: Box, reason: str, code: int
 ) -> None:
     box.gpus().torch().bench(None, reason)
-    ended, document, said = box.run(SMOKE, TESSERA_GPU="H100", **RENTED)
+    ended, document, _ = box.run(SMOKE, TESSERA_GPU="H100", **RENTED)
     assert ended == code
     assert reason in found(document, "speed")["reason"]
     assert len(Root(str(box.root)).files("refusals")) == (code == 75)
