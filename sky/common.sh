@@ -7,13 +7,26 @@ VENV="$HOME/tessera-venv"    # our own environment: SkyPilot's ~/sky-user-env se
 LIGHT="$HOME/tessera-light"  # what a refused machine needs to say so in the root; no torch
 
 # Values of `tessera configure` for variables that the task did not set, or set to nothing; an empty
-# variable counts as not given. The file is quoted for sh, and nothing of it is printed.
+# variable counts as not given. The file is quoted for sh; it is read, never run or printed: another
+# line than KEY='value' (a quote in it: '\'') or KEY=value of plain characters is named by its number.
 load_settings() {
-  local line name
+  local line name value number=0
+  local quoted="^'([^']|'\\\\'')*'\$" plain='^[A-Za-z0-9_./:@%+,=-]*$'
   while IFS= read -r line || [[ -n $line ]]; do
-    name=${line%%=*}
-    [[ $line == *=* && $name =~ ^[A-Z][A-Z0-9_]*$ ]] || continue
-    [[ -n ${!name:-} ]] || eval "export $line"
+    number=$((number + 1))
+    [[ $line =~ ^[[:space:]]*(#|$) ]] && continue
+    name=${line%%=*} value=${line#*=}
+    if [[ ! $name =~ ^[A-Z][A-Z0-9_]*$ || $line != *=* ]] ||
+      [[ ! $value =~ $quoted && ! $value =~ $plain ]]; then
+      echo "settings: line $number of ~/.tessera/env is not KEY='value'; run \`tessera configure\`" \
+        "again and launch again." >&2
+      exit 2
+    fi
+    if [[ $value == \'* ]]; then
+      value=${value:1:${#value}-2}
+      value=${value//"'\\''"/"'"}
+    fi
+    [[ -n ${!name:-} ]] || export "$name=$value"
   done < ~/.tessera/env
   for name in "${!TESSERA_@}" "${!AWS_@}" "${!MLFLOW_@}"; do
     [[ -n ${!name} ]] || unset "$name"
@@ -21,18 +34,28 @@ load_settings() {
 }
 
 # Whether this machine is another than asked for; says in `found` what it is. vast.ai may rent out
-# any machine for an H100, and `sky status` would still call it one.
+# any machine for an H100, and `sky status` would still call it one. A broken driver hangs for ever.
 wrong_machine() {
   local names=() name
   found="no GPU"
   [[ -n ${TESSERA_GPU:-} ]] || return 1
-  mapfile -t names < <(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null || true)
+  mapfile -t names < <(timeout -k 5 60 nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null || true)
   ((${#names[@]} > 0)) || return 0
   found="${#names[@]} x ${names[0]}"
   for name in "${names[@]}"; do
     [[ $name == *"$TESSERA_GPU"* ]] || { found="${#names[@]} x $name"; return 0; }
   done
   ((${#names[@]} != ${TESSERA_GPUS:-1}))
+}
+
+# Run the command up to three times, with pauses: most of what fails in a network passes.
+retried() {
+  local pause
+  for pause in 10 30 0; do
+    "$@" && return
+    ((pause == 0)) || sleep "$pause"
+  done
+  return 1
 }
 
 # An environment in folder $1. uv's own Python first: it brings the headers that Triton compiles

@@ -11,19 +11,26 @@ source sky/common.sh
 
 load_settings
 
+reason=
 if wrong_machine; then
+  reason="another GPU than asked for"
+elif [[ ! -x $VENV/bin/tessera ]]; then
+  reason="tessera could not be installed here"
+fi
+if [[ -n $reason ]]; then
   # Nothing is installed here yet: make what is needed to write to the root, in seconds. If that
   # fails nobody could count this machine, so it is the last one.
   python=$VENV/bin/python
-  if [[ ! -x $python ]]; then
+  if [[ ! -x $python || ! -x $VENV/bin/tessera ]]; then  # half an installation may lack anything
     python=$LIGHT/bin/python
-    if ! { make_venv "$LIGHT" && install_into "$LIGHT" fsspec s3fs tenacity pydantic psutil httpx; }; then
-      echo "run: wanted ${TESSERA_GPUS:-1} x $TESSERA_GPU, found $found, and this refusal cannot" \
+    if ! { retried make_venv "$LIGHT" &&
+      retried install_into "$LIGHT" fsspec s3fs tenacity pydantic psutil httpx; }; then
+      echo "run: $reason (wanted ${TESSERA_GPUS:-1} x ${TESSERA_GPU:-any}, found $found); this cannot" \
         "be counted in the root (nothing can be installed here), so it is final: launch again." >&2
       exit 2
     fi
   fi
-  exec "$python" -m tessera.cloud.refuse --found "$found"
+  exec "$python" -m tessera.cloud.refuse --found "$found" --reason "$reason"
 fi
 
 # `--set` for each override; xargs reads the shell's quotes and runs nothing.
@@ -33,7 +40,7 @@ if [[ -n ${TESSERA_SET:-} ]]; then
     echo "run: TESSERA_SET is not a list of shell-quoted KEY=VALUE; quote it again." >&2
     exit 2
   }
-  while IFS= read -r word; do overrides+=(--set "$word"); done <<< "$words"
+  while IFS= read -r word; do [[ -z $word ]] || overrides+=(--set "$word"); done <<< "$words"
 fi
 
 # SkyPilot sets one thread; here the processor may do the training.

@@ -58,7 +58,8 @@ def _limit(name: str, default: float, text: str) -> Callable[[F], F]:
 @_limit("min-speed", 0.8, "Share of the tokens/s measured for this card.")
 @_limit("min-projected-speed", 0.5, "The same where they are only projected from another card.")
 @_limit("min-power", 0.9, "Share of the card's default power limit and clocks.")
-@_limit("max-saving", 0.5, "Share of the time between checkpoints that sending one may take.")
+@_limit("max-saving", 0.5, "Say so if sending takes more of the time between checkpoints.")
+@_limit("min-upload", 1.0, "MB/s, measured twice, below which checkpoints that late are a no-go.")
 @_limit("max-skew", 60.0, "Seconds between the clocks of this machine and of the store.")
 @_limit("patience", 300.0, "Seconds to wait for a root that does not answer.")
 @json_option
@@ -101,6 +102,7 @@ def preflight(
             projected_speed=limits["min_projected_speed"],
             power=limits["min_power"],
             saving=limits["max_saving"],
+            upload=limits["min_upload"] * 1e6,
             skew_s=limits["max_skew"],
             patience_s=limits["patience"],
         ),
@@ -243,11 +245,16 @@ def _verdict(findings: Findings, machine: Machine, wanted: Wanted, root: str | N
     from tessera.cloud.machine import LOCAL
     from tessera.cloud.nvidia import summary
     from tessera.cloud.preflight import INPUT
-    from tessera.cloud.refusals import refuse
-    from tessera.errors import InputError, RetryElsewhereError
+    from tessera.cloud.refusals import forgive, refuse
+    from tessera.errors import InputError, RetryElsewhereError, TesseraError
     from tessera.storage import open_root
 
     if not findings.against:
+        if machine.provider != LOCAL and root is not None:
+            try:
+                forgive(open_root(root))
+            except TesseraError as error:
+                click.echo(f"preflight: earlier refusals still count: {error}", err=True)
         return 0
     reason = "; ".join(f"{c.name}: {c.found}: {c.reason}" for c in findings.against)
     if findings.exit_code == INPUT:

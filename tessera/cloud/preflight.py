@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,18 +22,15 @@ from typing import Any, Literal
 from tenacity import Retrying, retry_if_exception, stop_before_delay, wait_random_exponential
 
 from tessera.cloud.cards import card_named
+from tessera.cloud.disk import GIB, already_here, checkpoint_bytes, disk_needed
 from tessera.cloud.nvidia import Gpu, list_gpus, summary
-from tessera.cloud.probe import ClockError, RootProbe, clock_named, probe_root
+from tessera.cloud.probe import AS_SAVED, ClockError, RootProbe, clock_named, probe_root
 from tessera.cloud.speeds import shipped, speed_of
 from tessera.errors import InputError, RetryElsewhereError, TesseraError
 from tessera.experiment import Experiment, Pretrain
-from tessera.model.shape import ModelShape, parameters
 from tessera.storage import cache_folder
 
 MACHINE, INPUT = RetryElsewhereError.exit_code, InputError.exit_code
-GIB = 2**30
-_LEAST_DISK = 2 * GIB
-_CHECKPOINT_BYTES = 12  # a parameter: weight and two moments, float32
 _TORCH_PATIENCE_S = 180.0
 _BENCH_PATIENCE_S = 900.0
 _ASK_TORCH = """
@@ -50,15 +49,17 @@ class Limits:
 
     Shares of 1: ``speed`` of the speed that was measured for this card, ``projected_speed`` of one
     that is only projected, ``power`` of the card's default power limit (and its clocks), ``saving``
-    of the time between two checkpoints that sending one to the root may take. ``skew_s``: seconds
-    between the clocks of this machine and of the store. ``patience_s``: seconds that a root may
-    take to answer at all.
+    of the time between two checkpoints that sending one to the root may take before that is said.
+    ``upload``: bytes a second below which, measured twice, such a root is no place for them.
+    ``skew_s``: seconds between the clocks of this machine and of the store. ``patience_s``: seconds
+    that a root may take to answer at all.
     """
 
     speed: float = 0.8
     projected_speed: float = 0.5
     power: float = 0.9
     saving: float = 0.5
+    upload: float = 1e6
     skew_s: float = 60.0
     patience_s: float = 300.0
 
@@ -164,7 +165,7 @@ def look(
     elif not findings.against:
         said("the speed of a step")
         look_at_speed(findings, experiment, bench_arguments, wanted, limits)
-        look_at_saving(findings, experiment, limits)
+        look_at_saving(findings, experiment, root_url, limits)
     return findings
 
 
@@ -213,31 +214,17 @@ def _look_at_shares(
         findings.go(name, found)
 
 
-def disk_needed(experiment: Experiment | None) -> int:
-    """Bytes that a run takes on the local disk: shards, checkpoints, published weights."""
-    if not isinstance(experiment, Pretrain):
-        return _LEAST_DISK
-    count = _parameters(experiment)
-    cache = experiment.data.cache_gib * GIB
-    shards = min(cache, 2 * experiment.tokens) if experiment.tokens else cache  # uint16
-    # Kept, being uploaded, being written: as training itself counts them.
-    checkpoints = (experiment.checkpoint.local_keep + 2) * _CHECKPOINT_BYTES * count
-    return max(_LEAST_DISK, int(shards) + checkpoints + 4 * count)
-
-
-def _parameters(experiment: Pretrain) -> int:
-    return parameters(ModelShape(**experiment.model.model_dump(exclude={"init_std"})))
-
-
 def look_at_disk(findings: Findings, experiment: Experiment | None) -> None:
     """Room where shards and checkpoints will lie."""
     folder = cache_folder()
     need, standing = disk_needed(experiment), folder
+    held = already_here(experiment, folder)
     while not standing.exists() and standing != standing.parent:
         standing = standing.parent
     free = shutil.disk_usage(standing).free
-    found = f"{free / GIB:,.1f} GiB free, {need / GIB:,.1f} needed"
-    if free >= need:
+    here = f" and {held / GIB:,.1f} of this run's here" if held else ""
+    found = f"{free / GIB:,.1f} GiB free{here}, {need / GIB:,.1f} needed"
+    if free + held >= need:
         findings.go("disk", found)
     else:
         findings.no(
@@ -257,7 +244,7 @@ def look_at_root(findings: Findings, url: str, limits: Limits) -> None:
         reraise=True,
     )
     try:
-        found = waiting(probe_root, url)
+        found = waiting(probe_root, url, size=AS_SAVED)
     except TesseraError as error:
         code = MACHINE if error.exit_code == MACHINE else INPUT
         name = "clock" if isinstance(error, ClockError) else "root"
@@ -320,7 +307,8 @@ def look_at_speed(
     try:
         one = tokens_per_s_of(json.loads(done.stdout))
     except (ValueError, KeyError, TypeError):
-        findings.no("speed", "none", f"no step could be measured ({_last(done.stderr)})")
+        reason, code = why_not_measured(done.stdout, _last(done.stderr), done.returncode)
+        findings.no("speed", "none", f"no step could be measured ({reason})", code)
         return
     findings.tokens_per_s = one * wanted.gpus
     each = f", {wanted.gpus} GPUs if they scale" if wanted.gpus > 1 else ""
@@ -339,24 +327,58 @@ def look_at_speed(
         findings.go("speed", f"{found}, {told}")
 
 
+def why_not_measured(document: str, said: str, exit_code: int) -> tuple[str, int]:
+    """Why ``tessera bench`` measured nothing, and whose matter that is: 2 or 75.
+
+    It leaves with 2 for whatever a step died of; an error that names its type (``AcceleratorError:
+    ...``), and a GPU that is busy, are the machine's.
+    """
+    try:
+        reason = str(json.loads(document)["rows"][0]["reason"] or said)
+    except (ValueError, KeyError, TypeError, IndexError):
+        return said, INPUT if exit_code == INPUT else MACHINE
+    machine_s = re.match(r"\w+(Error|Exception)\b", reason) or "something else keeps" in reason
+    return reason, MACHINE if machine_s or exit_code != INPUT else INPUT
+
+
 def tokens_per_s_of(document: Mapping[str, Any]) -> float:
     """The best row of what ``tessera bench --json`` prints."""
     (row,) = (row for row in document["rows"] if row["name"] == document["best"])
     return float(row["tokens_per_s"])
 
 
-def look_at_saving(findings: Findings, experiment: Experiment | None, limits: Limits) -> None:
-    """Whether checkpoints reach the root as fast as training makes them."""
+def look_at_saving(
+    findings: Findings, experiment: Experiment | None, url: str | None, limits: Limits
+) -> None:
+    """Whether checkpoints reach the root as fast as training makes them.
+
+    A slow bucket goes along to the next machine, so by itself it refuses none.
+    """
     probe, speed = findings.probe, findings.tokens_per_s
-    if probe is None or speed is None or not isinstance(experiment, Pretrain):
+    if probe is None or speed is None or url is None or not isinstance(experiment, Pretrain):
         return
-    sending_s = _CHECKPOINT_BYTES * _parameters(experiment) / probe.write_bytes_per_s
+    rate = probe.write_bytes_per_s
     between = experiment.checkpoint.every_steps * experiment.batch.tokens_per_step / speed
-    found = f"{sending_s:,.0f} s to send, every {between:,.0f} s"
-    if sending_s > limits.saving * between:
-        findings.no("checkpoints", found, f"more than {limits.saving:.0%} of the time is sending")
-    else:
+    size = checkpoint_bytes(experiment)
+    late = size / rate > limits.saving * between
+    if late and rate < limits.upload:
+        with suppress(TesseraError):  # it answered before: one measurement stays
+            rate = max(rate, probe_root(url, size=AS_SAVED).write_bytes_per_s)
+            late = size / rate > limits.saving * between
+    found = f"{size / rate:,.0f} s to send, every {between:,.0f} s"
+    if not late:
         findings.go("checkpoints", found)
+    elif rate < limits.upload:
+        findings.no(
+            "checkpoints", found,
+            f"measured twice, the root takes {rate / 1e6:,.2g} MB/s, below {limits.upload / 1e6:g}",
+        )  # fmt: skip
+    else:
+        findings.go(
+            "checkpoints", found,
+            f"more than {limits.saving:.0%} of the time is sending; a preemption loses less with "
+            "a store that is nearer",
+        )  # fmt: skip
 
 
 def _run(command: Sequence[str], patience_s: float) -> subprocess.CompletedProcess[str]:

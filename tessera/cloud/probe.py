@@ -20,10 +20,14 @@ import httpx
 
 from tessera.errors import InputError, RetryElsewhereError, StoreError, TesseraError
 from tessera.storage import Root, sha256_file
+from tessera.storage.digests import CHUNK
 from tessera.storage.faults import answer_of
+from tessera.storage.retry import WORKERS
 
 LARGEST_SKEW_S = 900.0
 """S3 refuses a request whose time differs by more."""
+AS_SAVED = WORKERS * CHUNK
+"""Bytes that go up as a checkpoint's file does: in parts, as many at once."""
 _PATIENCE_S = 10.0
 _ATTEMPTS = 3
 _WRONG_REGION = {
@@ -69,31 +73,52 @@ def variables(values: Mapping[str, str | None]) -> Iterator[None]:
         put(before)
 
 
-def probe_root(url: str, *, size: int = 8 << 20) -> RootProbe:
+def probe_root(url: str, *, size: int = CHUNK) -> RootProbe:
     """Write ``size`` random bytes to the root, find, read and remove them, timing each.
 
-    Keys and endpoint are those of the environment. Raises ``InputError`` for what only a person can
-    put right (a key, a permission, the bucket's name, this machine's clock), and
-    ``RetryElsewhereError`` where another machine or moment may help.
+    A small object goes first, so that the start of the client and its handshake are not timed; more
+    than ``CHUNK`` goes in parts at once, as checkpoints do. Keys and endpoint are those of the
+    environment. Raises ``InputError`` for what only a person can put right (a key, a permission,
+    the bucket's name, this machine's clock), and ``RetryElsewhereError`` where another machine or
+    moment may help.
     """
     ahead = store_clock_ahead_s(url)
     _require_clock(ahead)
-    root = Root(url, attempts=_ATTEMPTS, longest_wait_s=1.0, timeout_s=_PATIENCE_S)
     path = f"probes/{secrets.token_hex(8)}"
+    first = f"{path}-first"
+    quick = Root(url, attempts=_ATTEMPTS, longest_wait_s=1.0, timeout_s=_PATIENCE_S)
+    _timed(url, "written to", lambda: quick.publish(first, b"tessera"))
+    root = Root(url, attempts=_ATTEMPTS, longest_wait_s=1.0)  # with bytes as patient as the saver
+    try:
+        _timed(url, "written to", lambda: root.publish(first, b"tessera"))
+        write_s, latency_s, read_s = _transfer(root, url, path, size)
+    except TesseraError:
+        for left in (path, first):
+            with suppress(TesseraError):
+                quick.delete(left)
+        raise
+    _timed(url, "cleaned up", lambda: quick.delete(path))
+    _timed(url, "cleaned up", lambda: quick.delete(first))
+    return RootProbe(size, size / write_s, size / read_s, latency_s, ahead)
+
+
+def _transfer(root: Root, url: str, path: str, size: int) -> tuple[float, float, float]:
+    """Seconds of writing, listing and reading ``size`` bytes."""
     with tempfile.TemporaryDirectory() as folder:
         sent, got = Path(folder, "sent"), Path(folder, "got")
-        sent.write_bytes(os.urandom(size))
-        digest = sha256_file(sent)
-        write_s = _timed(url, "written to", lambda: root.put_file(sent, path))
         try:
-            latency_s = _timed(url, "listed", lambda: _require_listed(root, path))
-            read_s = _timed(url, "read", lambda: root.get_file(path, got, sha256=digest))
-        except TesseraError:
-            with suppress(TesseraError):
-                root.delete(path)
-            raise
-        _timed(url, "cleaned up", lambda: root.delete(path))
-    return RootProbe(size, size / write_s, size / read_s, latency_s, ahead)
+            sent.write_bytes(os.urandom(size))
+        except OSError as error:
+            raise RetryElsewhereError(
+                f"The root {url} could not be tried: {folder} does not take {size / 1e6:,.0f} MB "
+                f"({error.strerror or error}); make room, or point TMPDIR elsewhere."
+            ) from error
+        digest = sha256_file(sent)
+        return (
+            _timed(url, "written to", lambda: root.put_file(sent, path)),
+            _timed(url, "listed", lambda: _require_listed(root, path)),
+            _timed(url, "read", lambda: root.get_file(path, got, sha256=digest)),
+        )
 
 
 def _require_listed(root: Root, path: str) -> None:

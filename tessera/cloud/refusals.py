@@ -6,6 +6,10 @@ not count those recoveries. So each refusal is a record in the root, and the one
 be recorded it is final at once: nobody would count the next one either. A person who launches again
 starts at one; a refused host is remembered all the same, and named when it comes back.
 
+A machine that passes its preflight forgives the refusals before it (``forgive``), by their numbers,
+as clocks of refused machines cannot be trusted: bad hosts spread over days do not add up. The mark
+is written before training begins, so no kill takes it away. Each node forgives its own alone.
+
 No torch here: a refused machine installs what storage needs and nothing else.
 """
 
@@ -124,6 +128,29 @@ def scan_refusals(root: Root, job: str | None = None) -> list[Refusal]:
     return sorted(found, key=lambda refusal: (refusal.at, refusal.id))
 
 
+def forgive(root: Root, environ: Mapping[str, str] = os.environ) -> int:
+    """Count no refusal of this job and node so far; how many there are. Raises ``TesseraError``."""
+    job, node = job_of(environ), _node(environ)
+    earlier = [refusal for refusal in scan_refusals(root, job) if refusal.node == node]
+    if earlier:
+        upto = max(refusal.number for refusal in earlier)
+        root.publish_json(_cleared(job, node), {"upto": upto, "at": time.time()})
+    return len(earlier)
+
+
+def _cleared(job: str, node: int) -> str:
+    return f"refusals/{job}/cleared-{node}.json"
+
+
+def _forgiven(root: Root, job: str, node: int) -> int:
+    """The number of the last refusal that does not count; 0 without a mark that can be read."""
+    try:
+        upto = root.read_json(_cleared(job, node))["upto"]
+    except (NotFoundError, DamagedError, KeyError, TypeError):
+        return 0
+    return upto if isinstance(upto, int) else 0
+
+
 def refused_before(root: Root, machine: Machine, gpus: Sequence[str]) -> list[Refusal]:
     """Earlier refusals of this physical host, whichever job it was, oldest first."""
     return [refusal for refusal in scan_refusals(root) if refusal.is_on(machine, gpus)]
@@ -152,9 +179,12 @@ def refuse(
         earlier = scan_refusals(root, job)
         refusal = _make(machine, environ, earlier, wanted, found, reason, gpus)
         root.publish_json(f"refusals/{job}/{refusal.id}.json", asdict(refusal))
+        nodes = {r.node for r in earlier} | {refusal.node}
+        upto = {node: _forgiven(root, job, node) for node in nodes}
+        since = [r for r in [*earlier, refusal] if r is refusal or r.number > upto[r.node]]
     except TesseraError as error:
         return _uncounted(said, error)
-    launched = [r for r in [*earlier, refusal] if r.launch == refusal.launch]
+    launched = [r for r in since if r.launch == refusal.launch]
     count = _count(launched)
     again = [r for r in earlier if r.is_on(machine, gpus)]
     known = f" This host was refused before ({again[-1].reason})." if again else ""
@@ -188,13 +218,12 @@ def _make(
     reason: str,
     gpus: Sequence[str],
 ) -> Refusal:
-    node = environ.get("SKYPILOT_NODE_RANK") or "0"
     return Refusal(
         number=max((refusal.number for refusal in earlier), default=0) + 1,
         token=secrets.token_hex(4),
         at=time.time(),
         launch=environ.get("SKYPILOT_TASK_ID") or "",
-        node=int(node) if node.isdecimal() else 0,
+        node=_node(environ),
         provider=machine.provider,
         instance=machine.instance,
         machine=machine.machine,
@@ -207,6 +236,11 @@ def _make(
         usd_per_hour=machine.price.usd_per_hour,
         price_source=machine.price.source,
     )
+
+
+def _node(environ: Mapping[str, str]) -> int:
+    node = environ.get("SKYPILOT_NODE_RANK") or "0"
+    return int(node) if node.isdecimal() else 0
 
 
 def _count(refusals: Sequence[Refusal]) -> int:

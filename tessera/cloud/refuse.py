@@ -24,7 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Refuse this machine; the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tessera.cloud.refuse", description=__doc__)
     parser.add_argument("--found", required=True, help="the GPUs of this machine")
-    found = parser.parse_args(arguments).found
+    parser.add_argument("--reason", default="another GPU than asked for", help="a clause")
+    given = parser.parse_args(arguments)
+    found = given.found
     wanted = f"{os.environ.get(COUNT_VARIABLE) or 1} x {os.environ.get(WANTED_VARIABLE) or 'GPU'}"
     try:
         error = refuse(
@@ -32,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             describe_machine(hardware=(found, 1)),
             wanted=wanted,
             found=found,
-            reason="another GPU than asked for",
+            reason=given.reason,
             gpus=[gpu.uuid for gpu in list_gpus()[0]],
         )
     except TesseraError as broken:  # a root or a variable that cannot be used: nobody can count

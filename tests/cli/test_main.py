@@ -249,6 +249,7 @@ FROZEN = {
         "--min-power",
         "--min-projected-speed",
         "--min-speed",
+        "--min-upload",
         "--patience",
         "--root",
         "--set",

@@ -14,10 +14,12 @@ import pytest
 from click.testing import CliRunner
 
 from tessera.cli.main import tessera
+from tessera.cloud.disk import already_here, disk_needed
 from tessera.cloud.machine import describe_machine
-from tessera.cloud.probe import variables
+from tessera.cloud.probe import AS_SAVED, RootProbe, variables
 from tessera.cloud.refusals import refuse
 from tessera.errors import TesseraError
+from tessera.experiment import load_experiment
 from tessera.storage import Root
 from tests.cloud.pretend_s3 import pretend_s3
 
@@ -64,12 +66,15 @@ class Box:
         )
         return self
 
-    def bench(self, tokens_per_s: float | None) -> Box:
+    def bench(self, tokens_per_s: float | None, reason: str = "") -> Box:
         rows = [{"name": "experiment", "tokens_per_s": tokens_per_s}]
         document = json.dumps({"rows": rows, "best": "experiment"})
         body = f"print({document!r})\n"
         if tokens_per_s is None:
-            body = "raise SystemExit('Error: Nothing could be measured here: out of memory.')\n"
+            body = "raise SystemExit('Error: the driver is gone.')\n"
+        if reason:
+            failed = {"rows": [{"name": "experiment", "reason": reason}], "best": None}
+            body = f"print({json.dumps(failed)!r})\nraise SystemExit(2)\n"
         self._package("tessera", "", main=body)
         return self
 
@@ -208,6 +213,21 @@ def test_a_disk_that_is_too_small(box: Box) -> None:
     assert "is too small" in said
 
 
+def test_what_a_resumed_run_left_on_the_disk_is_not_asked_for_again(tmp_path: Path) -> None:
+    experiment = load_experiment(REFERENCE)
+    for place, size in (
+        ("shards/a", 5), ("checkpoints/x/tessera-1b-ab/10/f", 30), ("checkpoints/x/other-1/f", 700),
+    ):  # fmt: skip
+        path = tmp_path / place
+        path.parent.mkdir(parents=True)
+        path.write_bytes(bytes(size))
+    assert already_here(experiment, tmp_path, {}) == 35
+    assert already_here(experiment, tmp_path, {"TESSERA_RUN_ID": "other-1"}) == 705
+    with (tmp_path / "shards/a").open("ab") as file:
+        file.truncate(10**12)  # sparse: shards are never worth more than is needed
+    assert already_here(experiment, tmp_path, {}) <= disk_needed(experiment)
+
+
 def test_a_card_that_is_slower_than_it_was_measured(box: Box) -> None:
     room = ("--set", "checkpoint.every_steps=2000000", "--set", "checkpoint.local_keep=1")
     box.gpus("NVIDIA H200").torch().bench(50_000.0)
@@ -222,14 +242,60 @@ def test_steps_that_cannot_be_measured(box: Box) -> None:
     box.gpus().torch().bench(None)
     code, document, _ = box.run(SMOKE, TESSERA_GPU="H100")
     assert code == 75
-    assert "out of memory" in found(document, "speed")["reason"]
+    assert "the driver is gone" in found(document, "speed")["reason"]
 
 
-def test_a_root_that_is_too_slow_for_its_checkpoints(box: Box) -> None:
+@pytest.mark.parametrize(
+    ("reason", "code"),
+    [
+        ("out of memory", 2),
+        ("micro-batch 3 does not divide the step's 8 samples", 2),
+        ("AcceleratorError: CUDA error: uncorrectable ECC error encountered", 75),
+        ("a deeper model was not slower than a shallow one: something else keeps it busy", 75),
+    ],
+)
+def test_an_experiment_that_fits_no_such_machine_is_no_refusal(
+    box: Box, reason: str, code: int
+) -> None:
+    box.gpus().torch().bench(None, reason)
+    ended, document, _ = box.run(SMOKE, TESSERA_GPU="H100", **RENTED)
+    assert ended == code
+    assert reason in found(document, "speed")["reason"]
+    assert len(Root(str(box.root)).files("refusals")) == (code == 75)
+
+
+def test_a_root_that_is_slow_for_its_checkpoints_is_said_and_refuses_no_machine(box: Box) -> None:
     box.gpus().torch().bench(1e12)  # a step takes no time, so the next checkpoint is due at once
-    code, document, _ = box.run(SMOKE, TESSERA_GPU="H100")
-    assert code == 75
+    code, document, said = box.run(SMOKE, TESSERA_GPU="H100", **RENTED)
+    assert (code, said) == (0, "")
+    assert found(document, "checkpoints")["verdict"] == "note"
     assert "of the time is sending" in found(document, "checkpoints")["reason"]
+
+
+@pytest.mark.parametrize(("again", "code"), [(0.4e6, 75), (0.6e6, 75), (5e6, 0)])
+def test_a_root_below_the_floor_is_measured_twice(box: Box, again: float, code: int) -> None:
+    rates = [0.5e6, again]
+
+    def probed(url: str, *, size: int) -> RootProbe:
+        assert size == AS_SAVED
+        return RootProbe(size, rates.pop(0), 1e9, 0.1, None)
+
+    box.patch.setattr("tessera.cloud.preflight.probe_root", probed)
+    box.gpus().torch().bench(1e12)
+    ended, document, said = box.run(SMOKE, TESSERA_GPU="H100")
+    assert (ended, rates) == (code, [])
+    if code:
+        rate = max(0.5, again / 1e6)
+        assert f"measured twice, the root takes {rate} MB/s, below 1" in said
+    else:
+        assert found(document, "checkpoints")["verdict"] == "note"
+
+
+def test_a_root_below_the_floor_that_is_fast_enough_is_go(box: Box) -> None:
+    box.gpus().torch().bench(1e3)
+    code, document, _ = box.run(SMOKE, "--min-upload", "1e9", TESSERA_GPU="H100")
+    assert code == 0
+    assert found(document, "checkpoints")["verdict"] == "go"
 
 
 def test_a_wrong_key_and_a_folder_that_is_not_there_are_no_matter_of_the_machine(box: Box) -> None:
@@ -282,6 +348,16 @@ def test_three_no_goes_of_a_job_are_final_and_each_is_in_the_root(box: Box) -> N
     home = {"SKYPILOT_TASK_ID": "", "SKYPILOT_CLUSTER_INFO": ""}
     assert box.run(SMOKE, TESSERA_GPU="H100", **home)[0] == 75
     assert len(root.files("refusals")) == 3
+
+
+def test_a_machine_that_passes_forgives_the_refusals_before_it(box: Box) -> None:
+    box.torch().bench(1e3)
+    for _ in range(2):
+        codes = [
+            box.gpus(power=power).run(SMOKE, TESSERA_GPU="H100", **RENTED)[0]
+            for power in ("300.00", "300.00", "700.00")
+        ]
+        assert codes == [75, 75, 0]
 
 
 def test_a_host_that_was_refused_before_is_named(box: Box) -> None:

@@ -8,6 +8,8 @@ import pytest
 
 from tessera.cloud.probe import probe_mlflow, probe_root, store_clock_ahead_s, variables
 from tessera.errors import InputError, RetryElsewhereError
+from tessera.storage import Root
+from tessera.storage.digests import CHUNK
 from tests.cloud.pretend_s3 import pretend_s3
 
 
@@ -17,6 +19,25 @@ def test_a_folder_is_used_and_left_clean(tmp_path: Path) -> None:
     assert found.read_bytes_per_s > 0
     assert found.clock_ahead_s is None
     assert [path for path in (tmp_path / "root").rglob("*") if path.is_file()] == []
+
+
+def test_speed_is_that_of_parts_sent_at_once() -> None:
+    with pretend_s3(put_s=2) as environ, variables(environ):
+        found = probe_root("s3://bucket/prefix", size=4 * CHUNK)
+        assert Root("s3://bucket/prefix").files("probes") == []
+    assert 2 < found.size / found.write_bytes_per_s < 8  # one after the other: 8 s at least
+
+
+def test_a_machine_without_room_for_the_probe_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Path, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(RetryElsewhereError, match=r"0 MB \(No space left on device\)"):
+        probe_root(str(tmp_path), size=1000)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 @pytest.mark.parametrize(

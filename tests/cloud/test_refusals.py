@@ -15,6 +15,7 @@ from tessera.cloud.machine import Machine, describe_machine
 from tessera.cloud.refusals import (
     RefusedError,
     RefusedTooOftenError,
+    forgive,
     job_of,
     limit,
     refuse,
@@ -84,6 +85,28 @@ def test_a_new_launch_counts_from_one_and_remembers_the_host(tmp_path: Path) -> 
     assert "This host was refused before (another GPU than asked for)." in str(known)
     assert [r.number for r in refused_before(root, machine(MANAGED), ["GPU-1"])] == [1, 2, 3, 5]
     assert refused_before(root, machine(MANAGED), ["GPU-9"]) == []
+
+
+def test_refusals_before_a_machine_that_passed_do_not_count(tmp_path: Path) -> None:
+    root = Root(str(tmp_path))
+    assert forgive(root, MANAGED) == 0
+    for _ in range(4):  # over days of one managed job, whose launch stays the same
+        for number in (1, 2):
+            assert f"refusal {number} of 3" in str(refuse_once(root))
+        forgive(root, MANAGED)
+    last = [refuse_once(root, f"GPU-{number}") for number in range(3)][-1]
+    assert isinstance(last, RefusedTooOftenError)
+    assert str(last).count(RTX) == 3
+    assert len(scan_refusals(root)) == 11
+
+
+def test_a_node_that_passed_forgives_no_other_and_a_torn_mark_nothing(tmp_path: Path) -> None:
+    root = Root(str(tmp_path))
+    refuse_once(root, SKYPILOT_NODE_RANK="1")
+    assert forgive(root, MANAGED) == 0
+    assert "refusal 2 of 3" in str(refuse_once(root, SKYPILOT_NODE_RANK="1"))
+    root.publish(f"refusals/{job_of(MANAGED)}/cleared-1.json", b"[]")
+    assert isinstance(refuse_once(root, SKYPILOT_NODE_RANK="1"), RefusedTooOftenError)
 
 
 def test_two_nodes_that_refuse_together_count_once(tmp_path: Path) -> None:

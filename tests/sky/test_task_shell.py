@@ -53,15 +53,16 @@ class Machine:
 
     def __init__(self, home: Path, gpus: list[str], tools: tuple[str, ...] = UV) -> None:
         self.home, self.work, self.bin = home, home / "sky_workdir", home / "bin"
-        self.bin.mkdir()
+        self.bin.mkdir(parents=True)
         self.work.mkdir()
         shutil.copytree(TASKS, self.work / "sky")
         (home / ".tessera").mkdir()
         (home / ".tessera" / "env").write_text(ENV)
-        for real in ("bash", "date", "rm", "xargs", "printf"):
+        for real in ("bash", "date", "rm", "xargs", "printf", "timeout", "grep"):
             found = shutil.which(real)
             assert found is not None
             (self.bin / real).symlink_to(found)
+        self.script(self.bin / "sleep", "exit 0\n")
         for tool in ("apt-get", "python", "python3", *tools):
             self.script(self.bin / tool, MAKE_VENV if tool in ("uv", "python3") else RECORD)
         if gpus:
@@ -139,7 +140,10 @@ def test_a_wrong_machine_is_refused_with_what_can_be_installed_in_seconds(
     assert venv.startswith("uv venv ")
     assert install.startswith("uv pip install ")
     assert install.endswith("-c constraints.txt fsspec s3fs tenacity pydantic psutil httpx")
-    assert refuse == "python -m tessera.cloud.refuse --found 1 x NVIDIA GeForce RTX 5090"
+    assert refuse == (
+        "python -m tessera.cloud.refuse --found 1 x NVIDIA GeForce RTX 5090 "
+        "--reason another GPU than asked for"
+    )
 
 
 def test_a_refusal_that_cannot_be_counted_is_final(tmp_path: Path) -> None:
@@ -241,7 +245,78 @@ def test_setup_goes_on_without_the_fast_kernels(tmp_path: Path) -> None:
     assert setup.returncode == 0
     assert setup.stderr.endswith("going on with cuDNN's.\n")
     machine.script(machine.bin / "uv", MAKE_VENV + '[[ "$*" != *constraints* ]]\n')
-    assert machine.do("pretrain_h100.yaml", "setup").returncode != 0  # without the core, no
+    machine.install_trainer("exit 0\n")  # of an earlier launch on this machine
+    setup = machine.do("pretrain_h100.yaml", "setup")
+    assert setup.returncode == 0, "a failed setup is final, even for a managed job"
+    assert setup.stderr == (
+        "setup: tessera cannot be installed here, so run.sh will refuse this machine.\n"
+    )
+    assert not (tmp_path / "tessera-venv" / "bin" / "tessera").exists()
+
+
+def test_setup_tries_three_times_what_the_network_may_refuse(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, [H100])
+    fails = '(( $(grep -c constraints "$HOME/calls") >= 3 )) || [[ "$*" != *--rein* ]]\n'
+    machine.script(machine.bin / "uv", MAKE_VENV + fails)
+    setup = machine.do("pretrain_h100.yaml", "setup")
+    assert (setup.returncode, setup.stderr) == (0, "")
+    assert sum("--reinstall-package" in call for call in machine.calls) == 3
+    machine = Machine(tmp_path / "b", [H100], tools=())
+    machine.script(machine.bin / "apt-get", RECORD + "exit 100\n")
+    setup = machine.do("pretrain_h100.yaml", "setup")
+    assert (setup.returncode, machine.calls) == (0, ["apt-get update -qq"] * 3)
+    assert "a C compiler cannot be installed here" in setup.stderr
+
+
+@pytest.mark.parametrize("code", [75, 2])
+@pytest.mark.parametrize("task", ["pretrain_h100_managed.yaml", "smoke_cpu.yaml"])
+def test_a_machine_without_tessera_is_refused_and_counted(
+    tmp_path: Path, task: str, code: int
+) -> None:
+    machine = Machine(tmp_path, [H100])
+    machine.script(machine.bin / "python", RECORD + f"exit {code}\n")
+    machine.script(tmp_path / "tessera-venv" / "bin" / "python", "exit 9\n")  # half installed
+    run = machine.do(task, "run")
+    assert run.returncode == code
+    assert machine.calls[-1].endswith("--reason tessera could not be installed here")
+
+
+def test_an_nvidia_smi_that_hangs_is_no_gpu(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, [H100])
+    machine.script(machine.bin / "nvidia-smi", "exec /bin/sleep 30\n")
+    (machine.bin / "timeout").unlink()
+    machine.script(
+        machine.bin / "timeout",
+        '[[ "$1 $2 $3" == "-k 5 60" ]] && exec /usr/bin/timeout -k 1 1 "${@:4}"\n',
+    )
+    setup = machine.do("pretrain_h100.yaml", "setup")
+    assert setup.returncode == 0
+    assert "found no GPU; nothing is installed" in setup.stderr
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f"AWS_SECRET_ACCESS_KEY='{SECRET}", f"AWS_SECRET_ACCESS_KEY={SECRET} $(touch pwned)",
+        f'AWS_SECRET_ACCESS_KEY="{SECRET}"', f"AWS_SECRET_ACCESS_KEY='a'$(touch pwned)'{SECRET}'",
+        f"AWS_SECRET_ACCESS_KEY='a'; touch pwned #{SECRET}'", SECRET, f"a[$(touch pwned)]={SECRET}",
+    ],
+)  # fmt: skip
+def test_a_line_of_settings_that_is_none_is_named_by_its_number(tmp_path: Path, line: str) -> None:
+    machine = Machine(tmp_path, [H100])
+    machine.install_trainer("exit 0\n")
+    (tmp_path / ".tessera" / "env").write_text(f"# written\n\nTESSERA_ROOT=s3://b/p\n{line}\n")
+    for section in ("setup", "run"):
+        done = machine.do("pretrain_h100.yaml", section)
+        assert done.returncode == 2
+        assert done.stderr.startswith("settings: line 4 of ~/.tessera/env is not KEY='value';")
+
+
+def test_overrides_of_blanks_are_none(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, [H100])
+    machine.install_trainer('echo "$*"\n')
+    run = machine.do("pretrain_h100.yaml", "run", TESSERA_SET="  \n ")
+    assert "--set" not in run.stdout
 
 
 @pytest.mark.parametrize(
