@@ -212,9 +212,8 @@ class BudgetKeeper:
             f"{dollars(budget.reserve_usd)} are kept back for the end"
         )
         if budget.idle_usd > 0:
-            self.stopped += (
-                f", {dollars(budget.idle_usd)} for earlier machines until they were down"
-            )
+            idle = dollars(budget.idle_usd)
+            self.stopped += f", {idle} for earlier machines until they were down"
         self._journal.event(
             STOPPED, done, usd_so_far=facts.usd, budget_usd=budget.usd,
             reserve_usd=budget.reserve_usd, idle_usd=budget.idle_usd,
@@ -322,7 +321,7 @@ def _way_to(ref: CheckpointRef | None, attempts: Sequence[Attempt]) -> list[Segm
 
 
 def _leaves_at(attempt: Attempt, way: Sequence[Segment]) -> int | None:
-    """The step of the checkpoint on ``way`` that ``attempt`` went on from; None: it is elsewhere."""
+    """The step of ``way`` at which ``attempt`` went on from it; None: it is elsewhere."""
     ref = attempt.resumed_from
     if ref is None:
         return 0
