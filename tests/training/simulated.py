@@ -73,7 +73,12 @@ class Simulation:
     def install(self, set_: Any) -> None:
         """For a process of its own: every training there gets these instruments."""
         self.hang_on(set_)
-        set_(session, "train", partial(session.train, instruments=self.instruments))
+        real = session.train
+
+        def train(*arguments: Any, **options: Any) -> session.Result:
+            return real(*arguments, **{**options, "instruments": self.instruments})
+
+        set_(session, "train", train)
 
     step: int = 1
 
