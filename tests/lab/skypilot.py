@@ -68,7 +68,7 @@ class SkyPilot:
         key.chmod(0o600)
 
     def run(
-        self, *command: str, timeout: float = 120, more: dict[str, str] | None = None
+        self, *command: str, timeout: float = 600, more: dict[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
         """One command to its end; stdout and stderr together, as a terminal shows them."""
         name = "-".join(word for word in command[:3] if word.isalpha()) or Path(command[0]).name
