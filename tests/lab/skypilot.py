@@ -95,3 +95,8 @@ class SkyPilot:
         rows: list[dict[str, Any]]
         rows, _ = json.JSONDecoder().raw_decode(asked.stdout, asked.stdout.index("["))
         return rows
+
+    def provision_log(self) -> str:
+        """Of the newest launch."""
+        found = sorted((self.home / "sky_logs").glob("sky-*/provision.log"))
+        return found[-1].read_text() if found else ""
