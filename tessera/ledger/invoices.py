@@ -63,4 +63,4 @@ def share_out(usd: float, parts: Mapping[str, tuple[float | None, float]]) -> di
     else:
         weights = dict.fromkeys(parts, 1.0)
     whole = sum(weights.values())
-    return {name: usd * weight / whole for name, weight in weights.items()}
+    return {name: usd * (weight / whole) for name, weight in weights.items()}

@@ -45,7 +45,7 @@ def test_a_line_break_and_a_damaged_file_are_refused_without_showing_a_value(
     path.write_text("TESSERA_ROOT='s3://b'\nAWS_SECRET_ACCESS_KEY='open\n")
     with pytest.raises(InputError, match="damaged in line 2") as error:
         read_settings(path)
-    assert "open" not in str(error.value)
+    assert "open" not in str(error.value).replace(str(path), "")
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match="not UTF-8"):
         read_settings(path)
