@@ -258,7 +258,7 @@ def _verdict(findings: Findings, machine: Machine, wanted: Wanted, root: str | N
         return 0
     reason = "; ".join(f"{c.name}: {c.found}: {c.reason}" for c in findings.against)
     if findings.exit_code == INPUT:
-        raise InputError(f"No-go, and another machine would not change that: {reason}.")
+        raise InputError(f"No-go, and another machine alone would not change that: {reason}.")
     if machine.provider == LOCAL or [check.name for check in findings.against] == ["root"]:
         # A store that is down says nothing against the machine, and nothing could be counted in it.
         raise RetryElsewhereError(f"No-go: {reason}; another machine or moment may help.")
