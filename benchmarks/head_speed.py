@@ -156,6 +156,17 @@ def heads() -> Iterator[tuple[str, Head]]:
             "liger fused linear cross-entropy",
             by_autograd(lambda s, m, t: liger(m.to(s.dtype), s, t)),
         )
+    if importlib.util.find_spec("quack"):
+        quack = importlib.import_module("quack.linear_cross_entropy")
+        for name, scaled in (("in chunks", False), ("without stored probabilities", True)):
+
+            def quacks(s: Tensor, m: nn.Parameter, t: Tensor, scaled: bool = scaled) -> Tensor:
+                loss: Tensor = quack.chunked_linear_cross_entropy(
+                    s, m.to(s.dtype), t, ignore_index=IGNORE, reduction="sum", use_scaled_exp=scaled
+                )
+                return loss
+
+            yield f"quack linear cross-entropy, {name}", by_autograd(quacks)
 
 
 def in_float64(case: Case) -> tuple[Tensor, Tensor, Tensor]:

@@ -55,6 +55,7 @@ SETTINGS = {
 VARIANTS = {
     "e4m3": ["float8.gradients=e4m3"],
     "random": ["float8.weights=stochastic"],
+    "sums": ["float8.sums=weights"],
     "exact": ["float8.sums=exact"],
     "first": ["float8.keep_first=1"],
     "first2": ["float8.keep_first=2"],

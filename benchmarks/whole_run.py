@@ -3,11 +3,12 @@
     python benchmarks/whole_run.py experiments/tessera_1b_fp8.yaml --root ROOT \
         --set data.corpus=novels-ja-en --set tokens=31457280 --out run.json
 
-The bare step is what `tessera bench` measures, the median of 20 steps on random tokens, before and
-after the run, for a card that has been busy for minutes is slower than a cool one. The run is the
-whole command: loader, journal, progress, evaluations and checkpoints as the experiment says. From
-its journal: the median of the log points, and the tokens from the first log point to the last over
-all the time between, evaluations and checkpoints included. Losses go to --out as JSON.
+The bare step is what `tessera bench` measures, the median of 20 steps on the run's own first
+tokens, before and after the run, for a card that has been busy for minutes is slower than a cool
+one. The run is the whole command: loader, journal, progress, evaluations and checkpoints as the
+experiment says. From its journal: the median of the log points, and the tokens from the first log
+point to the last over all the time between, evaluations and checkpoints included. Losses go to
+--out as JSON.
 """
 
 from __future__ import annotations
@@ -25,21 +26,21 @@ from pathlib import Path
 import torch
 
 from tessera.cli.common import run_script
-from tessera.corpus.manifest import resolve
 from tessera.experiment import Pretrain, load_experiment
 from tessera.runs import find_run
-from tessera.storage import open_root
+from tessera.storage import Root, open_root
 from tessera.tracking.journal import Record, read_journal
 from tessera.training.bench.runner import StepRunner
-from tessera.training.bench.tokens import random_batches
+from tessera.training.bench.tokens import corpus_batches
 
 STEPS, WARM_UP = 20, 3
 
 
-def bare(experiment: Pretrain, device: torch.device) -> float:
+def bare(experiment: Pretrain, root: Root, device: torch.device) -> float:
     """Tokens a second at the median step."""
     runner = StepRunner(experiment, device)
-    timing = runner.time(random_batches(experiment, device), STEPS, WARM_UP, lambda: None)
+    batches = corpus_batches(experiment, root, device, count=STEPS + WARM_UP)
+    timing = runner.time(batches, STEPS, WARM_UP, lambda: None)
     del runner
     gc.collect()
     if device.type == "cuda":
@@ -81,12 +82,12 @@ def main() -> None:
     arguments = parser.parse_args()
     experiment = load_experiment(arguments.experiment, arguments.overrides)
     assert isinstance(experiment, Pretrain)
-    resolve(open_root(arguments.root), experiment.data.corpus, experiment.data.fingerprint)
+    root = open_root(arguments.root)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    before = bare(experiment, device)
+    before = bare(experiment, root, device)
     print(f"bare step before: {before:,.0f} tokens/s", flush=True)
     records = train(arguments)
-    after = bare(experiment, device)
+    after = bare(experiment, root, device)
     print(f"bare step after: {after:,.0f} tokens/s")
     points = list(by_step(records, "progress/tokens").values())
     tokens = points[-1].number - points[0].number

@@ -176,14 +176,14 @@ class Float8(Section):
 
     ``gradients`` is the type that gradients are cast to, one bit of mantissa more (e4m3) or more
     range (e5m2). ``weights`` are rounded to the nearest, or up or down at random, anew in every
-    step. ``sums`` is how the products that make gradients add up: fast in the tensor cores,
-    or exactly, moved to float32 again and again. The blocks ``keep_first`` and ``keep_last`` at
-    either end stay in bf16.
+    step. ``sums`` is how the products that make gradients add up: all fast in the tensor cores;
+    those of weights, which are over tokens, in float32 (moved there again and again); or all. The
+    blocks ``keep_first`` and ``keep_last`` at either end stay in bf16.
     """
 
     gradients: Literal["e5m2", "e4m3"] = added("e5m2", before="e5m2")
     weights: Literal["nearest", "stochastic"] = added("nearest", before="nearest")
-    sums: Literal["fast", "exact"] = added("fast", before="fast")
+    sums: Literal["fast", "weights", "exact"] = added("fast", before="fast")
     keep_first: int = added(0, before=0, ge=0)
     keep_last: int = added(0, before=0, ge=0)
 

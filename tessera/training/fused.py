@@ -144,7 +144,8 @@ def recipe_of(experiment: Pretrain) -> Recipe | None:
     return Recipe(
         gradients=_GRADIENTS[chosen.gradients],
         stochastic_weights=chosen.weights == "stochastic",
-        fast_gradients=chosen.sums == "fast",
+        fast_gradients=chosen.sums != "exact",
+        fast_weights=chosen.sums == "fast",
         keep_first=chosen.keep_first,
         keep_last=chosen.keep_last,
     )

@@ -71,6 +71,7 @@ _LOSS_AFFECTING: list[tuple[dict[str, Any], str, Any]] = [
     (_FP8, "float8.gradients", "e4m3"),
     (_FP8, "float8.weights", "stochastic"),
     (_FP8, "float8.sums", "exact"),
+    (_FP8, "float8.sums", "weights"),
     (_FP8, "float8.keep_first", 1),
     (_FP8, "float8.keep_last", 1),
     (PRETRAIN, "stability.window", 64),

@@ -77,7 +77,7 @@ _REFUSED: list[tuple[dict[str, Any], str, Any, str, str]] = [
     (PRETRAIN, "float8", {"gradients": "e4m3"}, "float8", "set precision: fp8, or float8: null"),
     (_FP8, "float8.gradients", "e5m3", "float8.gradients", "'e5m2' or 'e4m3'"),
     (_FP8, "float8.weights", "random", "float8.weights", "'nearest' or 'stochastic'"),
-    (_FP8, "float8.sums", "slow", "float8.sums", "'fast' or 'exact'"),
+    (_FP8, "float8.sums", "slow", "float8.sums", "'fast', 'weights' or 'exact'"),
     (_FP8, "float8.keep_first", -1, "float8.keep_first", "greater than or equal to 0"),
     (_FP8, "float8.keep_last", True, "float8.keep_last", "true is no value"),
     (_FP8, "float8", {"keep_first": 1, "keep_last": 1}, "float8", "no block of 2 is left"),

@@ -116,10 +116,11 @@ def backward(
     dims: Dimensions,
     fresh: bool = False,
     fast: bool = True,
+    fast_weights: bool = True,
 ) -> Tensor:
     """As ``block.backward``; with ``fresh`` the gradients are zero so far, which saves a pass.
 
-    ``fast`` is how ``multiply`` sums.
+    ``fast`` is how ``multiply`` sums, ``fast_weights`` how it does for the gradients of weights.
     """
 
     def through(gradient: Float8, name: str, weight: Weight8) -> Tensor:
@@ -130,9 +131,11 @@ def backward(
     def add_weights(into: Tensor, gradient: Float8, name: str, operand: Tensor, of: str) -> None:
         left, right = sites[name].inverse, sites[of].inverse
         if fresh:
-            multiply(gradient.columns, operand, left, right, into.dtype, fast=fast, out=into)
+            multiply(
+                gradient.columns, operand, left, right, into.dtype, fast=fast_weights, out=into
+            )
         else:
-            into.add_(multiply(gradient.columns, operand, left, right, dx.dtype, fast=fast))
+            into.add_(multiply(gradient.columns, operand, left, right, dx.dtype, fast=fast_weights))
 
     def gradient_of(tensor: Tensor, name: str) -> Float8:
         site = sites[name]

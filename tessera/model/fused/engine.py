@@ -23,7 +23,7 @@ from tessera.model.fused import block8 as eight
 from tessera.model.fused.attention import AttentionBackend
 from tessera.model.fused.block import BlockTensors, Dimensions
 from tessera.model.fused.embedding import embed, embedding_backward
-from tessera.model.fused.fp8 import amax_of
+from tessera.model.fused.fp8 import amax_of, verify
 from tessera.model.fused.gelu import Approximate
 from tessera.model.fused.head import head_loss
 from tessera.model.fused.norm import add_rms_norm, rms_norm_backward
@@ -58,7 +58,8 @@ class Engine:
     ) -> None:
         """The model's own parameters receive the gradients. ``float8``: see the module.
 
-        Raises ``ValueError``, a sentence, where float8 does not go with the model's shape.
+        Raises ``ValueError``, a sentence, where float8 does not go with the model's shape, or the
+        casts come out wrong on this GPU.
         """
         if float8 and model.shape.d_model % MULTIPLE:
             raise ValueError(
@@ -77,6 +78,8 @@ class Engine:
         self._flags = torch.tensor(self._float8, dtype=torch.float32, device=device)
         self._scales: Scales | None = None
         if float8:
+            if device.type == "cuda":
+                verify(device, float8.gradients, self._gelu)
             names = (*eight.FORWARD, *eight.BACKWARD)
             dtypes = sites_of(layers, eight.FORWARD, eight.BACKWARD, float8.gradients)
             self._scales = Scales(dtypes, device)
@@ -178,7 +181,7 @@ class Engine:
         sites = self._sites[number]
         return eight.backward(
             dx, inner, weights, weights8, sites, grads, attention, dims, self._fresh,
-            self._recipe.fast_gradients,
+            self._recipe.fast_gradients, self._recipe.fast_weights,
         )  # fmt: skip
 
     def _watch(self, number: int) -> plain.Watch:

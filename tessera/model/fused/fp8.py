@@ -88,6 +88,34 @@ def cast_gelu_backward(
     return _cast(wide_gelu_backward(da, u, approximate), scale, amax, dtype)
 
 
+def verify(device: torch.device, gradients: torch.dtype, approximate: Approximate) -> None:
+    """Raise ``ValueError``, a sentence, if the compiler of this device mixes up transposed copies.
+
+    Compilers have (triton-lang/triton#11111), and the loss would tell only days later. Takes the
+    casts that a step takes, with gradients in the type ``gradients``, and compares every byte.
+    """
+    M, C = 256, 192  # of the multiples for which models' kernels are compiled
+    x = torch.linspace(-3.0, 3.0, M * C, device=device).reshape(M, C).sin().bfloat16()
+    scale, amax = torch.full((1,), 8.0, device=device), torch.zeros(1, device=device)
+    rstd, weight = torch.ones(M, device=device), torch.ones(C, device=device)
+    e4m3 = torch.float8_e4m3fn
+    made = (
+        cast(x, scale, amax, e4m3),
+        cast(x.float(), scale, amax, e4m3),
+        cast_normed(x, rstd, weight, scale, amax, e4m3),
+        cast_gelu(x, approximate, scale, amax, e4m3),
+        cast(x, scale, amax, gradients),
+        cast_gelu_backward(x, x, approximate, scale, amax, gradients),
+    )
+    for rows, columns in made:
+        if not torch.equal(columns.view(torch.int8), rows.view(torch.int8).t()):
+            raise ValueError(
+                "the float8 casts that were compiled for this GPU write wrong bytes, so precision "
+                "fp8 cannot be used with this version of Triton; set precision: bf16, or install "
+                "another PyTorch"
+            )
+
+
 def restore(x8: Tensor, scale: Tensor) -> Tensor:
     """The float32 values that ``x8``, cast with ``scale``, stands for."""
     return x8.float() / scale

@@ -15,13 +15,15 @@ class Recipe:
     mantissa, or e4m3 with 3 bits and less range. Activations and weights are e4m3.
     ``stochastic_weights`` are rounded up or down at random, anew in every step, so that they are
     right on average; to the nearest their errors stay for as long as a weight hardly moves.
-    ``fast_gradients`` sums the products that make gradients as forward ones are (``matmul8``).
+    ``fast_gradients`` sums the products that make gradients of activations as forward ones are
+    (``matmul8``), ``fast_weights`` those that make gradients of weights.
     The first ``keep_first`` and the last ``keep_last`` blocks stay in the compute dtype.
     """
 
     gradients: torch.dtype = torch.float8_e5m2
     stochastic_weights: bool = False
     fast_gradients: bool = True
+    fast_weights: bool = True
     keep_first: int = 0
     keep_last: int = 0
 

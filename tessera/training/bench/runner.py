@@ -50,16 +50,24 @@ class Timing:
 class StepRunner:
     """Takes optimiser steps of one experiment on one device."""
 
-    def __init__(self, experiment: Pretrain, device: torch.device) -> None:
-        """Raises ``InputError`` or ``ValueError``, a sentence, for what does not run here.
+    def __init__(
+        self,
+        experiment: Pretrain,
+        device: torch.device,
+        convert: Callable[[ProtoGPT], object] | None = None,
+    ) -> None:
+        """``convert`` changes the new model in place before anything is built around it.
 
-        And ``torch.OutOfMemoryError``.
+        Raises ``InputError`` or ``ValueError``, a sentence, for what does not run here, and
+        ``torch.OutOfMemoryError``.
         """
         self._experiment, self._device = experiment, device
         self._world = _alone(device)
         dtype = compute_dtype(experiment.precision, device)
         fused = is_fused(experiment, device)
         model = _model(experiment, device)
+        if convert is not None:
+            convert(model)
         loss: Loss = summed_cross_entropy
         compiled = experiment.compile == "on" or (
             experiment.compile == "auto" and device.type == "cuda"

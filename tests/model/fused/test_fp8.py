@@ -177,6 +177,27 @@ def test_tiles_change_nothing(
     assert float(amax) == float(x.abs().max())
 
 
+@pytest.mark.parametrize("gradients", [E4M3, E5M2])
+def test_casts_are_verified(form: str, device: torch.device, gradients: torch.dtype) -> None:
+    fp8.verify(device, gradients, "tanh")
+
+
+@pytest.mark.parametrize("broken", ["cast", "cast_normed", "cast_gelu", "cast_gelu_backward"])
+def test_a_byte_that_a_compiler_mixed_up_is_refused(
+    monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    right = getattr(fp8, broken)
+
+    def wrong(*given: object) -> Float8:
+        made: Float8 = right(*given)
+        made.columns.view(torch.int8)[100, 200] ^= 1
+        return made
+
+    monkeypatch.setattr(fp8, broken, wrong)
+    with pytest.raises(ValueError, match="write wrong bytes"):
+        fp8.verify(torch.device("cpu"), E5M2, "none")
+
+
 _COMPILE = """
 import sys
 import triton

@@ -37,9 +37,10 @@ RECIPES = [
     Recipe(),
     Recipe(gradients=E4M3),
     Recipe(stochastic_weights=True),
-    Recipe(fast_gradients=False),
+    Recipe(fast_gradients=False, fast_weights=False),
+    Recipe(fast_weights=False),
     Recipe(keep_first=1, keep_last=2),
-    Recipe(gradients=E4M3, fast_gradients=False, keep_last=1),
+    Recipe(gradients=E4M3, fast_weights=False, stochastic_weights=True, keep_first=1),
 ]
 SHAPE = shape(layers=4)
 Linear = Callable[[Tensor], Tensor]
@@ -152,9 +153,9 @@ def test_it_comes_closer_to_the_exact_gradient(better: Recipe, truth: dict[str, 
     assert distance(better) < 0.85 * distance(Recipe())
 
 
-@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize(("fast", "fast_weights"), [(True, True), (True, False), (False, False)])
 def test_only_products_that_make_gradients_sum_exactly(
-    fast: bool, monkeypatch: pytest.MonkeyPatch
+    fast: bool, fast_weights: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a CPU all sums are float32's; what a GPU is asked for is what can be seen here."""
     asked: list[bool] = []
@@ -164,8 +165,8 @@ def test_only_products_that_make_gradients_sum_exactly(
         return matmul8.multiply(*operands, fast=fast, out=out)
 
     monkeypatch.setattr(block8, "multiply", multiply)
-    float8_step(Recipe(fast_gradients=fast))
-    forward, backward = [True] * 4 * SHAPE.layers, [fast] * 8 * SHAPE.layers
+    float8_step(Recipe(fast_gradients=fast, fast_weights=fast_weights))
+    forward, backward = [True] * 4 * SHAPE.layers, [fast_weights, fast] * 4 * SHAPE.layers
     assert asked == (forward + backward) * len(float8_data())
 
 

@@ -52,19 +52,13 @@ def _tile_of(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _maximum(a, b):
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _largest_bits(v, PTX: tl.constexpr):
+def _largest_bits(v):
     """The bits of the largest |v| of a row of float32; NaN lies above infinity, as its bits do.
 
-    Of numbers that are not negative the bits grow with the number, so integers can be compared;
-    comparing floats saves an instruction an element, but the interpreter takes them one by one.
+    Of numbers that are not negative the bits grow with the number, so integers are compared. A
+    maximum of floats that passes NaN on (``max.NaN``) would save an instruction an element, but
+    beside it Triton mixed up the bytes of transposed float8 stores (triton-lang/triton#11111).
     """
-    if PTX:
-        return tl.reduce(tl.abs(v), 0, _maximum).to(tl.int32, bitcast=True)
     return tl.max(tl.abs(v).to(tl.int32, bitcast=True), axis=0)
 
 
@@ -144,7 +138,7 @@ def _cast_kernel(
     elif KIND == _GELU_BACKWARD:
         v = v * gelu_slope_of(tl.load(u + at, mask=inside, other=0.0).to(tl.float32), TANH, PTX)
 
-    tl.atomic_max(amax, _largest_bits(tl.reshape(v, [BLOCK_M * BLOCK_N]), PTX), sem="relaxed")
+    tl.atomic_max(amax, _largest_bits(tl.reshape(v, [BLOCK_M * BLOCK_N])), sem="relaxed")
 
     # To nearest even; what is too large becomes the largest number, NaN stays NaN (cvt.satfinite).
     q = (v * tl.load(scale)).to(rows.dtype.element_ty)
@@ -164,14 +158,14 @@ def _cast_kernel(
 
 
 @triton.jit(do_not_specialize_on_alignment=["amax"])
-def _amax_kernel(x, amax, count, PTX: tl.constexpr, BLOCK: tl.constexpr):
-    largest = tl.zeros([BLOCK], tl.float32)
+def _amax_kernel(x, amax, count, BLOCK: tl.constexpr):
+    largest = tl.zeros([BLOCK], tl.int32)
     step = tl.num_programs(0).to(tl.int64) * BLOCK
     for start in range(tl.program_id(0).to(tl.int64) * BLOCK, count, step):
         at = start + tl.arange(0, BLOCK)
         v = tl.load(x + at, mask=at < count, other=0.0).to(tl.float32)
-        largest = _maximum(largest, tl.abs(v))
-    tl.atomic_max(amax, _largest_bits(largest, PTX), sem="relaxed")
+        largest = tl.maximum(largest, tl.abs(v).to(tl.int32, bitcast=True))
+    tl.atomic_max(amax, tl.max(largest, axis=0), sem="relaxed")
 
 
 def cast(
@@ -227,7 +221,5 @@ def amax_of(x: Tensor, *, block: int = 8192, programs: int = 1024, num_warps: in
     """The largest |x| as a new (1,) float32, in one pass over ``x``."""
     amax = torch.zeros(1, device=x.device)
     grid = (min(programs, triton.cdiv(x.numel(), block)),)
-    _amax_kernel[grid](
-        x, amax.view(torch.int32), x.numel(), PTX=x.is_cuda, BLOCK=block, num_warps=num_warps
-    )
+    _amax_kernel[grid](x, amax.view(torch.int32), x.numel(), BLOCK=block, num_warps=num_warps)
     return amax
