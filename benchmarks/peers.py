@@ -143,6 +143,7 @@ def rows(arguments: argparse.Namespace) -> Iterator[tuple[str, float, float]]:
     shape = model_shape(plain.model)
     if size == "auto":
         sys.exit("All sides need the same size: give it with --set batch.micro_batch=N.")
+    theirs = arguments.peer_micro_batch or size
     makers: dict[str, Callable[[], Peer]] = {}
     if arguments.litgpt:
         makers["litgpt"] = lambda: litgpt(arguments.litgpt, shape)
@@ -165,7 +166,7 @@ def rows(arguments: argparse.Namespace) -> Iterator[tuple[str, float, float]]:
     for name, make in makers.items():
         if arguments.only and name not in arguments.only:
             continue
-        for several in (size, size // 2):
+        for several in (theirs, theirs // 2):
             peer: Peer | None = None
             try:
                 peer = make()
@@ -196,6 +197,7 @@ def main() -> None:
     parser.add_argument("--set", dest="overrides", action="append", default=[])
     parser.add_argument("--nanochat", type=Path, help="a clone")
     parser.add_argument("--litgpt", type=Path, help="a clone")
+    parser.add_argument("--peer-micro-batch", type=int, help="of the peers; ours by default")
     parser.add_argument("--only", nargs="*", help="names of rows")
     parser.add_argument("--steps", type=int, default=10)
     arguments = parser.parse_args()
