@@ -23,13 +23,18 @@ class Float8(NamedTuple):
     """A matrix in 8 bits and its transpose, both contiguous; the scale is the caller's."""
 
     rows: Tensor
-    """(M, C), ``torch.float8_e4m3fn`` or ``torch.float8_e5m2``."""
+    """(M, C), ``torch.float8_e4m3fn`` or ``torch.float8_e5m2``; (0,) if it was not asked for."""
     columns: Tensor
     """(C, M), the transpose of ``rows``; (0,) if it was not asked for."""
 
 
 def cast(
-    x: Tensor, scale: Tensor, amax: Tensor, dtype: torch.dtype, columns: bool = True
+    x: Tensor,
+    scale: Tensor,
+    amax: Tensor,
+    dtype: torch.dtype,
+    columns: bool = True,
+    rows: bool = True,
 ) -> Float8:
     """``x`` (M, C), bf16 or float32, times ``scale``, clamped to what ``dtype`` holds, rounded.
 
@@ -41,8 +46,35 @@ def cast(
     if backend.use_triton(x):
         from tessera.model.fused.kernels import fp8 as kernels
 
-        return Float8(*kernels.cast(kernels.PLAIN, x, scale, amax, dtype, columns=columns))
-    return _cast(x.float(), scale, amax, dtype, columns)
+        return Float8(
+            *kernels.cast(kernels.PLAIN, x, scale, amax, dtype, rows=rows, columns=columns)
+        )
+    return _cast(x.float(), scale, amax, dtype, columns, rows)
+
+
+def cast_dithered(x: Tensor, scale: Tensor, amax: Tensor, number: int, step: int) -> Float8:
+    """``x`` (M, C) float32 times ``scale`` in e4m3, each number up or down, on average itself.
+
+    Up with the probability of where it lies between its two neighbours: the bits of the mantissa
+    that e4m3 cuts off (20 of 23) carry over when a random number of as many bits is added. That
+    number is a hash of the element's place and of ``number``, which tells matrices apart, and moves
+    on by the golden ratio with each ``step``: of n steps in a row the mean is off by the order of
+    1/n, where independent draws would be off by 1/sqrt(n). What is too small for e4m3's normal
+    numbers (below 2^-6) is rounded to the nearest after that.
+    """
+    salt, phase = _signed(_mix(number)), _signed(step * _GOLDEN)
+    if backend.use_triton(x):
+        from tessera.model.fused.kernels import fp8 as kernels
+
+        return Float8(
+            *kernels.cast(kernels.PLAIN, x, scale, amax, torch.float8_e4m3fn, dither=(salt, phase))
+        )
+    place = torch.arange(x.numel(), device=x.device).reshape(x.shape)
+    below = ((_mixed((place + salt) & _WORD) + phase) & _WORD) >> 12
+    bits = (x.float() * scale).view(torch.int32).long() + below
+    dithered = (bits & 0xFFF00000).int().view(torch.float32)
+    torch.maximum(amax, x.abs().amax().reshape(amax.shape), out=amax)
+    return _cast(dithered, torch.ones_like(scale), torch.empty_like(amax), torch.float8_e4m3fn)
 
 
 def cast_normed(
@@ -131,10 +163,38 @@ def amax_of(x: Tensor) -> Tensor:
 
 
 def _cast(
-    v: Tensor, scale: Tensor, amax: Tensor, dtype: torch.dtype, columns: bool = True
+    v: Tensor,
+    scale: Tensor,
+    amax: Tensor,
+    dtype: torch.dtype,
+    columns: bool = True,
+    rows: bool = True,
 ) -> Float8:
     torch.maximum(amax, v.abs().amax().reshape(amax.shape), out=amax)
     limit = torch.finfo(dtype).max
-    rows = (v * scale).clamp(-limit, limit).to(dtype)
-    turned = rows.t().contiguous() if columns else torch.empty(0, dtype=dtype, device=v.device)
-    return Float8(rows, turned)
+    q = (v * scale).clamp(-limit, limit).to(dtype)
+    none = torch.empty(0, dtype=dtype, device=v.device)
+    return Float8(q if rows else none, q.t().contiguous() if columns else none)
+
+
+_WORD = 0xFFFFFFFF
+_GOLDEN = 0x9E3779B9
+"""2^32 over the golden ratio."""
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """``kernels.fp8._mixed`` of int64 numbers below 2^32."""
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D) & _WORD
+    x = x ^ (x >> 15)
+    x = (x * 0x846CA68B) & _WORD
+    return x ^ (x >> 16)
+
+
+def _mix(number: int) -> int:
+    return int(_mixed(torch.tensor(number + 1)))
+
+
+def _signed(word: int) -> int:
+    """The 32-bit integer with the bits of ``word`` modulo 2^32."""
+    return (word + 2**31) % 2**32 - 2**31

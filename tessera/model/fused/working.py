@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tessera.model.fused.block import BlockTensors
 from tessera.model.fused.block8 import Weight8, Weights8
-from tessera.model.fused.fp8 import Float8, cast
+from tessera.model.fused.fp8 import cast, cast_dithered
 from tessera.model.fused.scaling import aligned_inverses
 from tessera.model.protogpt import ProtoGPT
 
@@ -33,33 +33,42 @@ class WorkingCopies:
         self._head = model.tokens.weight
         self._blocks = [block_parameters(block) for block in model.blocks]
         self._device = self._head.device
-        self._chance = torch.Generator(self._device) if stochastic else None
+        self._stochastic = stochastic
         self.head: Tensor = self._head
         self.blocks: list[BlockTensors] = []
         self.blocks8: list[Weights8 | None] = []
 
     @torch.no_grad()
-    def refresh(self, float8: Sequence[bool], step: int = 0) -> None:
+    def refresh(
+        self, float8: Sequence[bool], wide: Sequence[bool] | None = None, step: int = 0
+    ) -> None:
         """Make them from the parameters as they are, for the layers that use float8 in float8.
 
-        ``step`` chooses the random numbers, if there are any.
+        Those that are ``wide``, and those without float8, get them in the compute dtype (too).
+        ``step`` says which way weights are rounded, if it is by chance.
         """
-        if self._chance is not None:
-            self._chance.manual_seed(step)
         self.blocks, self.blocks8 = [], []  # before the new ones: they take the same memory
         self.head = self._head.to(self._dtype)
-        cast8 = iter(self._in_float8([b for b, on in zip(self._blocks, float8, strict=True) if on]))
-        for block, eight in zip(self._blocks, float8, strict=True):
-            self.blocks.append(block if eight else self._in_compute_dtype(block))
+        numbered = list(zip(range(len(self._blocks)), self._blocks, float8, strict=True))
+        cast8 = iter(self._in_float8([(n, block) for n, block, on in numbered if on], step))
+        for number, block, eight in numbered:
+            narrow = eight and not (wide and wide[number])
+            self.blocks.append(block if narrow else self._in_compute_dtype(block))
             self.blocks8.append(next(cast8) if eight else None)
 
     def _in_compute_dtype(self, block: BlockTensors) -> BlockTensors:
         matrices = {name: getattr(block, name).to(self._dtype) for name in _MATRICES}
         return block._replace(**matrices)
 
-    def _in_float8(self, blocks: Sequence[BlockTensors]) -> Iterator[Weights8]:
-        """Each scaled so that its largest value is float8's; all together, to launch little."""
-        matrices = [getattr(block, name) for block in blocks for name in _MATRICES]
+    def _in_float8(
+        self, blocks: Sequence[tuple[int, BlockTensors]], step: int
+    ) -> Iterator[Weights8]:
+        """Each scaled so that its largest value is float8's; all together, to launch little.
+
+        ``blocks`` come with their numbers, which tell random numbers apart.
+        """
+        matrices = [getattr(block, name) for _, block in blocks for name in _MATRICES]
+        numbers = [len(_MATRICES) * n + i for n, _ in blocks for i in range(len(_MATRICES))]
         if not matrices:
             return
         largest = torch.stack(torch._foreach_norm(matrices, float("inf")))
@@ -67,32 +76,21 @@ class WorkingCopies:
         seen = torch.zeros_like(scales)
         inverses = aligned_inverses(scales)
         each = zip(
-            matrices, torch.split(scales, 1), torch.split(seen, 1), inverses.unbind(), strict=True
-        )
+            matrices, numbers, torch.split(scales, 1), torch.split(seen, 1), inverses.unbind(),
+            strict=True,
+        )  # fmt: skip
+        dtype = torch.float8_e4m3fn
         made = [
-            Weight8(self._cast(matrix, scale, amax), inverse[:1])
-            for matrix, scale, amax, inverse in each
+            Weight8(
+                cast_dithered(matrix, scale, amax, number, step)
+                if self._stochastic
+                else cast(matrix, scale, amax, dtype),
+                inverse[:1],
+            )
+            for matrix, number, scale, amax, inverse in each
         ]
         for first in range(0, len(made), len(_MATRICES)):
             yield Weights8(*made[first : first + len(_MATRICES)])
-
-    def _cast(self, matrix: Tensor, scale: Tensor, amax: Tensor) -> Float8:
-        if self._chance is not None:
-            matrix, scale = dithered(matrix * scale, self._chance), torch.ones_like(scale)
-        return cast(matrix, scale, amax, torch.float8_e4m3fn)
-
-
-def dithered(x: Tensor, chance: torch.Generator) -> Tensor:
-    """Each number of ``x``, float32, as one of its two neighbours in e4m3, on average itself.
-
-    What is too small for e4m3's normal numbers (below 2^-6) keeps bits that e4m3 does not have.
-    """
-    bits = x.view(torch.int32)
-    beyond = 23 - 3  # bits of the mantissa that e4m3 cuts off
-    below = torch.randint(
-        1 << beyond, x.shape, generator=chance, dtype=torch.int32, device=x.device
-    )
-    return below.add_(bits).bitwise_and_(-(1 << beyond)).view(torch.float32)
 
 
 def block_parameters(block: nn.Module) -> BlockTensors:

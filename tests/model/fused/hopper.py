@@ -109,7 +109,12 @@ def launch_every_kernel() -> None:
 
     shape = ModelShape(layers=1, d_model=1536, heads=16, context=64, vocab_size=4096)
     ids = torch.zeros(1, 64, dtype=torch.int64)
-    for float8 in (None, Recipe(), Recipe(gradients=torch.float8_e4m3fn)):
+    recipes = (
+        Recipe(),
+        Recipe(gradients=torch.float8_e4m3fn),
+        Recipe(stochastic_weights=True, keep_forward=1),
+    )
+    for float8 in (None, *recipes):
         model = ProtoGPT(shape)
         attention = choose_backend("math", ids.device, torch.bfloat16, shape.head_dim)
         engine = Engine(model, torch.bfloat16, attention, float8=float8)
