@@ -1,10 +1,17 @@
 """Spikes and NaNs: judged on the device at every step, read by the host when something is due.
 
 A step whose loss or gradient norm is not finite, or lies more than ``sigma`` standard deviations
-above the mean of the last ``window`` applied steps, is not applied: the verdict is a device scalar
-that the fused optimiser reads itself (its ``found_inf``), so the host never waits. The rule is the
-one of OLMo 2's training (OLMo et al. 2025, "skip step"): there too six deviations and a window of
-128. Until half a window of steps has been applied only numbers that are not finite count.
+above the mean of the last ``window`` steps, is not applied: the verdict is a device scalar that the
+fused optimiser reads itself (its ``found_inf``), so the host never waits. The rule is the one of
+OLMo 2's training (OLMo et al. 2025, "skip step"): there too six deviations and a window of 128.
+Until half a window of steps has been seen only numbers that are not finite count.
+
+Of losses the steps count that were applied: a loss that stays high means that the weights are
+spoilt, and going back helps. Of gradient norms those count whose loss was ordinary, so that one
+that stays high is taken for ordinary after a few steps: it means a steep place, which no other
+batch changes and only a step leaves, and clipping bounds that step. (Where only applied steps
+counted, a healthy run stood still at such a place for ten steps and was ended as diverged.) One
+norm counts as twice the ceiling at most, or a single wild one would hide all later ones.
 
     step on the device        loss, norm -> judge -> found_inf -> optimiser
     at a log point, host      read -> skipped steps -> within tolerance? -> go on, or go back
@@ -22,6 +29,8 @@ from torch import Tensor
 
 from tessera.experiment import Stability
 
+CAP = 2.0
+"""Of the ceiling: as how much a gradient norm counts at most for the ceilings of later steps."""
 LEAST_SPREAD = 0.01
 """Share of the mean: a smaller standard deviation counts as this, or a flat loss would spike."""
 
@@ -55,6 +64,7 @@ class Watch:
         self._losses = torch.zeros(settings.window, device=device)
         self._norms = torch.zeros(settings.window, device=device)
         self._applied = torch.zeros((), dtype=torch.int64, device=device)
+        self._ordinary = torch.zeros((), dtype=torch.int64, device=device)
         self._unread: list[tuple[int, Tensor]] = []
 
     def tensors(self) -> dict[str, Tensor]:
@@ -63,6 +73,7 @@ class Watch:
             "stability.losses": self._losses,
             "stability.norms": self._norms,
             "stability.applied": self._applied,
+            "stability.ordinary": self._ordinary,
         }
 
     @torch.no_grad()
@@ -71,25 +82,31 @@ class Watch:
 
         ``loss`` and ``norm`` are float32 scalars of the whole step, equal on every rank.
         """
-        seen = torch.clamp(self._applied, max=self._settings.window)
-        mask = self._places < seen
-        bad = ~(loss.isfinite() & norm.isfinite())
-        enough = seen >= self._settings.window // 2
-        for value, history in ((loss, self._losses), (norm, self._norms)):
-            bad = bad | (enough & (value > self._ceiling(history, mask, seen)))
-        here = (self._places == self._applied % self._settings.window) & ~bad
-        self._losses.copy_(torch.where(here, loss, self._losses))
-        self._norms.copy_(torch.where(here, norm, self._norms))
-        self._applied += (~bad).to(torch.int64)
+        finite = loss.isfinite() & norm.isfinite()
+        highest = self._ceiling(self._norms, self._ordinary)
+        ordinary = finite & (loss <= self._ceiling(self._losses, self._applied))
+        bad = ~ordinary | (norm > highest)
+        self._keep(self._losses, self._applied, loss, ~bad)
+        self._keep(self._norms, self._ordinary, torch.minimum(norm, CAP * highest), ordinary)
         verdict = bad.to(torch.float32)
         self._unread.append((step, torch.stack((verdict, loss, norm))))
         return verdict
 
-    def _ceiling(self, history: Tensor, mask: Tensor, seen: Tensor) -> Tensor:
+    def _keep(self, history: Tensor, count: Tensor, value: Tensor, wanted: Tensor) -> None:
+        here = (self._places == count % self._settings.window) & wanted
+        history.copy_(torch.where(here, value, history))
+        count += wanted.to(torch.int64)
+
+    def _ceiling(self, history: Tensor, count: Tensor) -> Tensor:
+        """Infinite until half a window is known."""
+        seen = torch.clamp(count, max=self._settings.window)
+        mask = self._places < seen
         mean = (history * mask).sum() / seen.clamp(min=1)
         squares = ((history - mean) * mask).square().sum() / (seen - 1).clamp(min=1)
         spread = torch.maximum(squares.sqrt(), LEAST_SPREAD * mean.abs())
-        return mean + self._settings.sigma * spread
+        ceiling = mean + self._settings.sigma * spread
+        enough = seen >= self._settings.window // 2
+        return torch.where(enough, ceiling, torch.full_like(ceiling, math.inf))
 
     def read(self) -> list[Verdict]:
         """The verdicts since the last call; waits for the device."""

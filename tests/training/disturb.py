@@ -55,8 +55,9 @@ class Disturbance:
     to be saved is saved; with ``die_after_rollback`` it does so when it has decided to go back.
     Before step ``halt_before`` it stands still until it is told to stop: a run of milliseconds a
     step is interrupted in its middle however slow the store is.
-    With ``keep_up`` every save is over before the next step: steps here take milliseconds, and
-    which of the checkpoints a slow store gets would depend on the hour.
+    Every step takes ``step_s`` seconds longer, so that a fast machine too is met between two
+    checkpoints. With ``keep_up`` every save is over before the next step: steps here take
+    milliseconds, and which of the checkpoints a slow store gets would depend on the hour.
     ``simulated`` are the arguments of the ``Simulation`` that a launched process runs in.
     """
 
@@ -67,6 +68,7 @@ class Disturbance:
     die_after_rollback: bool = False
     keep_up: bool = False
     halt_before: int = 0
+    step_s: float = 0.0
     simulated: dict[str, Any] | None = None
 
     def order(self) -> dict[str, Any]:
@@ -98,6 +100,8 @@ class Disturbance:
             self._die_before_step(set_)
         if self.halt_before:
             self._halt_before_step(set_)
+        if self.step_s:
+            self._lengthen_steps(set_)
         if self.die_after_rollback:
             set_(Run, "publish_rollback", _then_die(Run.publish_rollback))
 
@@ -132,6 +136,15 @@ class Disturbance:
         def step(loop: Loop, batch: StepBatch) -> bool:
             while loop.done + 1 == self.halt_before and loop.session.stop.signal is None:
                 time.sleep(0.01)
+            return plain(loop, batch)
+
+        set_(Loop, "_step", step)
+
+    def _lengthen_steps(self, set_: Setter) -> None:
+        plain = Loop._step
+
+        def step(loop: Loop, batch: StepBatch) -> bool:
+            time.sleep(self.step_s)
             return plain(loop, batch)
 
         set_(Loop, "_step", step)

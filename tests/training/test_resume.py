@@ -15,6 +15,7 @@ import torch
 from tessera.errors import StoreError, SupersededError
 from tessera.training.loop import Loop
 from tests.training.conftest import assert_as_if_undisturbed
+from tests.training.disturb import Disturbance
 
 if TYPE_CHECKING:
     from tests.training.conftest import Bench, Whole
@@ -68,7 +69,7 @@ def moments(bench: Bench) -> list[Callable[[], bool]]:
 def test_killed_at_many_moments_it_ends_as_if_undisturbed(bench: Bench, slow: Whole) -> None:
     for number, reached in enumerate(moments(bench), 1):
         reached()  # what is there already does not count
-        process = bench.start(*SLOW)
+        process = bench.start(*SLOW, disturb=Disturbance(step_s=0.05))
         bench.until(process, reached)
         bench.kill(process)
         if number in (4, 5):  # the machine is gone too: nothing is left but what is in the root

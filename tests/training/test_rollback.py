@@ -122,7 +122,7 @@ def test_it_goes_back_to_a_regular_checkpoint_and_not_to_one_of_a_preemption(ben
 
 def test_the_second_time_it_has_diverged(bench: Bench, capfd: pytest.CaptureFixture[str]) -> None:
     # After going back, step 11 reads sample 104 and step 13 reads 120.
-    with BREAKING.but(spike=(*BREAKING.spike, 120, 128, 136)).here():
+    with BREAKING.but(nan=(*BREAKING.nan, 120, 128, 136)).here():
         stopped = bench.command(capfd, "--quiet", *as_options(*CALM))
         run = bench.only_run()
         assert stopped.code == 3

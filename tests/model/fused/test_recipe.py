@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tessera.model.fused import block8, fp8, matmul8
+from tessera.model.fused import backend, block8, fp8, matmul8
 from tessera.model.fused.engine import Engine
 from tessera.model.fused.recipe import Recipe
 from tessera.model.fused.scaling import HEADROOM
@@ -236,15 +236,20 @@ def test_weights_are_rounded_up_or_down_and_right_on_average(
     assert abs(float((flips * ((other > x).float() - (other > x).float().mean(0))).mean())) < 0.02
 
 
-def test_both_forms_round_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
-    x = torch.randn(64, 48, generator=torch.Generator().manual_seed(4)) * 0.02
-    scale, amax = torch.full((1,), 5000.0), torch.zeros(1)
-    plain = [fp8.cast_dithered(x, scale, amax, 2**20, step) for step in (0, 1, 400_000)]
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    fused = [fp8.cast_dithered(x, scale, amax, 2**20, step) for step in (0, 1, 400_000)]
-    for one, other in zip(plain, fused, strict=True):
-        assert torch.equal(one.rows.view(torch.int8), other.rows.view(torch.int8))
+@pytest.mark.parametrize("form", ["triton"], indirect=True)
+def test_both_forms_round_alike(
+    form: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = (torch.randn(64, 48, generator=torch.Generator().manual_seed(4)) * 0.02).to(device)
+    scale, amax = torch.full((1,), 5000.0, device=device), torch.zeros(1, device=device)
+
+    def made() -> list[Tensor]:
+        each = (fp8.cast_dithered(x, scale, amax, 2**20, step) for step in (0, 1, 400_000))
+        return [cast.rows.view(torch.int8) for cast in each]
+
+    kernels = made()
+    monkeypatch.setattr(backend, "use_triton", lambda tensor: False)
+    assert all(torch.equal(one, other) for one, other in zip(kernels, made(), strict=True))
 
 
 def test_weights_are_rounded_anew_in_every_step() -> None:
