@@ -135,12 +135,6 @@ class Pretrain(_Common):
                 "in bf16; keep fewer, or set precision: bf16",
                 "float8.keep_first", "float8.keep_last", "model.layers",
             )  # fmt: skip
-        if self.float8 and self.float8.keep_forward > self.model.layers:
-            raise KeyedError(
-                f"the model has {self.model.layers} blocks; keep the forward products of at most "
-                "so many in bf16",
-                "float8.keep_forward", "model.layers",
-            )  # fmt: skip
         return self
 
     @model_validator(mode="after")

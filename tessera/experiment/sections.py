@@ -178,8 +178,7 @@ class Float8(Section):
     range (e5m2). ``weights`` are rounded to the nearest, or up or down at random, anew in every
     step. ``sums`` is how the products that make gradients add up: all fast in the tensor cores;
     those of weights, which are over tokens, in float32 (moved there again and again); or all. The
-    blocks ``keep_first`` and ``keep_last`` at either end stay in bf16; of the first
-    ``keep_forward`` the forward products do, and those that make gradients do not.
+    blocks ``keep_first`` and ``keep_last`` at either end stay in bf16.
     """
 
     gradients: Literal["e5m2", "e4m3"] = added("e5m2", before="e5m2")
@@ -187,7 +186,6 @@ class Float8(Section):
     sums: Literal["fast", "weights", "exact"] = added("fast", before="fast")
     keep_first: int = added(0, before=0, ge=0)
     keep_last: int = added(0, before=0, ge=0)
-    keep_forward: int = added(0, before=0, ge=0)
 
 
 class Evaluation(Section):

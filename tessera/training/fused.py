@@ -148,7 +148,6 @@ def recipe_of(experiment: Pretrain) -> Recipe | None:
         fast_weights=chosen.sums == "fast",
         keep_first=chosen.keep_first,
         keep_last=chosen.keep_last,
-        keep_forward=chosen.keep_forward,
     )
 
 

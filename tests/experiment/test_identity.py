@@ -74,7 +74,6 @@ _LOSS_AFFECTING: list[tuple[dict[str, Any], str, Any]] = [
     (_FP8, "float8.sums", "weights"),
     (_FP8, "float8.keep_first", 1),
     (_FP8, "float8.keep_last", 1),
-    (_FP8, "float8.keep_forward", 1),
     (PRETRAIN, "stability.window", 64),
     (PRETRAIN, "stability.sigma", 5.0),
     (PRETRAIN, "stability.max_skips", 0),
@@ -126,7 +125,6 @@ def test_what_came_later_names_no_run_that_does_as_runs_did_before() -> None:
         "sums": "fast",
         "keep_first": 0,
         "keep_last": 0,
-        "keep_forward": 0,
     }
     assert not [key for key in plain.identity if key.startswith("float8")]
     for section in (None, {}, before):

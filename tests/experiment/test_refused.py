@@ -80,7 +80,6 @@ _REFUSED: list[tuple[dict[str, Any], str, Any, str, str]] = [
     (_FP8, "float8.sums", "slow", "float8.sums", "'fast', 'weights' or 'exact'"),
     (_FP8, "float8.keep_first", -1, "float8.keep_first", "greater than or equal to 0"),
     (_FP8, "float8.keep_last", True, "float8.keep_last", "true is no value"),
-    (_FP8, "float8.keep_forward", 3, "float8.keep_forward", "the model has 2 blocks"),
     (_FP8, "float8", {"keep_first": 1, "keep_last": 1}, "float8", "no block of 2 is left"),
     (_FP8, "float8", "e4m3", "float8", "a section of keys and values"),
     (PRETRAIN, "parallel", False, "parallel", "false is no value"),

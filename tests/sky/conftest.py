@@ -44,9 +44,13 @@ def ask(program: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
         (home / ".tessera" / name).touch()
     shutil.copytree(HERE / "catalogs", home / ".sky" / "catalogs" / "v8")
     answers = home / "answers.json"
+    # SkyPilot asks whether there is an rsync; a dry launch copies nothing, so any program will do.
+    tools = home / "tools"
+    tools.mkdir()
+    (tools / "rsync").symlink_to("/bin/true")
     dead_proxy = "http://127.0.0.1:9"
     environment = {
-        "PATH": os.environ["PATH"],
+        "PATH": f"{os.environ['PATH']}{os.pathsep}{tools}",
         "HOME": str(home),
         "SKY_RUNTIME_DIR": str(home),
         "SKYPILOT_DISABLE_USAGE_COLLECTION": "1",

@@ -22,6 +22,7 @@ from torch import Tensor
 from tessera.model.loss import IGNORE
 from tessera.runs import Rollback, Run
 from tessera.training.checkpoint.saver import Saver
+from tessera.training.fused import FusedReplica
 from tessera.training.loop import Loop
 from tessera.training.pretrain import PretrainProgram
 from tessera.training.program import Program, StepBatch
@@ -92,6 +93,7 @@ class Disturbance:
             for kind in (PretrainProgram, SftProgram):
                 self._poison(kind, set_)
             set_(Replica, "_local_loss", _with_nan(Replica._local_loss))
+            set_(FusedReplica, "micro_step", _with_nan(FusedReplica.micro_step))
         if self.keep_up:
             set_(Saver, "save", and_finish(Saver.save))
         if self.simulated is not None:
@@ -153,9 +155,9 @@ class Disturbance:
 UNDISTURBED = Disturbance()
 
 
-def _with_nan(plain: Callable[[Replica, Tensor, Tensor], Tensor]) -> Any:
-    def local_loss(replica: Replica, inputs: Tensor, targets: Tensor) -> Tensor:
-        loss = plain(replica, inputs, targets)
+def _with_nan(plain: Callable[..., Tensor]) -> Any:
+    def local_loss(replica: Replica, inputs: Tensor, targets: Tensor, *given: Any) -> Tensor:
+        loss = plain(replica, inputs, targets, *given)
         bad = bool(((targets == IGNORE) | (targets == RARE + 1)).all())
         return loss * float("nan") if bad else loss
 

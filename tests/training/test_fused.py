@@ -165,8 +165,7 @@ def test_a_block_that_went_back_stays_so_after_a_kill(bench: Bench) -> None:
 
 def test_a_run_that_went_back_continues_without_float8(bench: Bench) -> None:
     """Whichever process continues it: the rollback is in the root, and says so."""
-    spikes = Disturbance(spike=(80, 88, 96), keep_up=True)
-    with spikes.here():
+    with Disturbance(nan=(80, 88, 96), keep_up=True).here():
         run = bench.train("precision=fp8", *CALM).run
     assert run.rollbacks()
     (event,) = bench.events(run, "precision/changed")

@@ -4,9 +4,6 @@ The residual stream, norms, attention, GELU and the gradients of weights stay as
 operand of a product is cast in the pass that computes it, together with its transpose, which the
 product that makes the weight's gradient needs. Between forward and backward only the transposes of
 the operands are kept, at one byte a number.
-
-A block may take its forward products in the compute dtype (``wide``): two thirds of the gain stay,
-and what its float8 products round no longer enters the loss.
 """
 
 from __future__ import annotations
@@ -15,7 +12,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from tessera.model.fused import block
 from tessera.model.fused.attention import AttentionBackend, Saved
 from tessera.model.fused.block import BlockTensors, Dimensions
 from tessera.model.fused.fp8 import (
@@ -79,15 +75,8 @@ def forward(
     sites: Sites,
     attention: AttentionBackend,
     dims: Dimensions,
-    wide: bool = False,
 ) -> tuple[Tensor, Tensor, Activations8]:
-    """As ``block.forward``, with float8 products, or with ``block``'s where it is ``wide``.
-
-    Of ``w`` only the norms' weights are used unless it is ``wide``.
-    """
-    if wide:
-        total2, delta, inner = block.forward(x, delta, w, attention, dims)
-        return total2, delta, _kept(inner, sites)
+    """As ``block.forward``; of ``w`` only the norms' weights are used."""
 
     def product(operand: Float8, name: str, weight: Weight8) -> Tensor:
         inverse = sites[name].inverse
@@ -114,20 +103,6 @@ def forward(
         h2.columns, up, activated.columns,
     )  # fmt: skip
     return total2, product(activated, "gelu", w8.down), kept
-
-
-def _kept(inner: block.Activations, sites: Sites) -> Activations8:
-    """What the backward pass takes, after a forward pass in the compute dtype."""
-
-    def columns(tensor: Tensor, name: str) -> Tensor:
-        site = sites[name]
-        return cast(tensor, site.scale, site.amax, site.dtype, rows=False).columns
-
-    return Activations8(
-        inner.total1, inner.rstd1, columns(inner.h1, "h1"), inner.qkv, inner.attended, inner.saved,
-        columns(inner.attended, "attended"), inner.total2, inner.rstd2, columns(inner.h2, "h2"),
-        inner.up, columns(inner.gelu, "gelu"),
-    )  # fmt: skip
 
 
 def backward(

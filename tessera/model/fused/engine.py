@@ -75,7 +75,6 @@ class Engine:
         device = model.tokens.weight.device
         layers = len(self._blocks)
         self._float8 = float8.blocks(layers) if float8 else [False] * layers
-        self._wide = self._recipe.wide(layers)
         self._flags = torch.tensor(self._float8, dtype=torch.float32, device=device)
         self._scales: Scales | None = None
         if float8:
@@ -103,7 +102,7 @@ class Engine:
         self._prepare_gradients()
         if not self._in_step:
             self._use8 = [on and self._calibrated for on in self._float8]
-            self._working.refresh(self._use8, self._wide, self._steps)
+            self._working.refresh(self._use8, self._steps)
             self._in_step = True
             self._fresh = True
         use8 = self._use8
@@ -164,8 +163,7 @@ class Engine:
         weights8 = self._working.blocks8[number]
         assert weights8 is not None
         sites = self._sites[number]
-        wide = self._wide[number]
-        return eight.forward(x, delta, weights, weights8, sites, self._attention, dims, wide)
+        return eight.forward(x, delta, weights, weights8, sites, self._attention, dims)
 
     def _block_backward(
         self, number: int, dx: Tensor, kept: _Kept, dims: Dimensions, on: bool

@@ -23,7 +23,7 @@ class Float8(NamedTuple):
     """A matrix in 8 bits and its transpose, both contiguous; the scale is the caller's."""
 
     rows: Tensor
-    """(M, C), ``torch.float8_e4m3fn`` or ``torch.float8_e5m2``; (0,) if it was not asked for."""
+    """(M, C), ``torch.float8_e4m3fn`` or ``torch.float8_e5m2``."""
     columns: Tensor
     """(C, M), the transpose of ``rows``; (0,) if it was not asked for."""
 
@@ -34,7 +34,6 @@ def cast(
     amax: Tensor,
     dtype: torch.dtype,
     columns: bool = True,
-    rows: bool = True,
 ) -> Float8:
     """``x`` (M, C), bf16 or float32, times ``scale``, clamped to what ``dtype`` holds, rounded.
 
@@ -46,10 +45,8 @@ def cast(
     if backend.use_triton(x):
         from tessera.model.fused.kernels import fp8 as kernels
 
-        return Float8(
-            *kernels.cast(kernels.PLAIN, x, scale, amax, dtype, rows=rows, columns=columns)
-        )
-    return _cast(x.float(), scale, amax, dtype, columns, rows)
+        return Float8(*kernels.cast(kernels.PLAIN, x, scale, amax, dtype, columns=columns))
+    return _cast(x.float(), scale, amax, dtype, columns)
 
 
 def cast_dithered(x: Tensor, scale: Tensor, amax: Tensor, number: int, step: int) -> Float8:
@@ -57,21 +54,20 @@ def cast_dithered(x: Tensor, scale: Tensor, amax: Tensor, number: int, step: int
 
     Up with the probability of where it lies between its two neighbours: the bits of the mantissa
     that e4m3 cuts off (20 of 23) carry over when a random number of as many bits is added. That
-    number is a hash of the element's place and of ``number``, which tells matrices apart, and moves
-    on by the golden ratio with each ``step``: of n steps in a row the mean is off by the order of
-    1/n, where independent draws would be off by 1/sqrt(n). What is too small for e4m3's normal
+    number is a hash of the element's place, of ``number``, which tells matrices apart, and of
+    ``step``: no generator's state is needed to draw it again. What is too small for e4m3's normal
     numbers (below 2^-6) is rounded to the nearest after that.
     """
-    salt, phase = _signed(_mix(number)), _signed(step * _GOLDEN)
+    key = _mix(_mix(number) ^ _mix(step))
     if backend.use_triton(x):
         from tessera.model.fused.kernels import fp8 as kernels
 
+        signed = key - 2**32 if key >= 2**31 else key
         return Float8(
-            *kernels.cast(kernels.PLAIN, x, scale, amax, torch.float8_e4m3fn, dither=(salt, phase))
+            *kernels.cast(kernels.PLAIN, x, scale, amax, torch.float8_e4m3fn, dither=signed)
         )
     place = torch.arange(x.numel(), device=x.device).reshape(x.shape)
-    below = ((_mixed((place + salt) & _WORD) + phase) & _WORD) >> 12
-    bits = (x.float() * scale).view(torch.int32).long() + below
+    bits = (x.float() * scale).view(torch.int32).long() + (_mixed(_mixed(place) ^ key) >> 12)
     dithered = (bits & 0xFFF00000).int().view(torch.float32)
     torch.maximum(amax, x.abs().amax().reshape(amax.shape), out=amax)
     return _cast(dithered, torch.ones_like(scale), torch.empty_like(amax), torch.float8_e4m3fn)
@@ -163,23 +159,16 @@ def amax_of(x: Tensor) -> Tensor:
 
 
 def _cast(
-    v: Tensor,
-    scale: Tensor,
-    amax: Tensor,
-    dtype: torch.dtype,
-    columns: bool = True,
-    rows: bool = True,
+    v: Tensor, scale: Tensor, amax: Tensor, dtype: torch.dtype, columns: bool = True
 ) -> Float8:
     torch.maximum(amax, v.abs().amax().reshape(amax.shape), out=amax)
     limit = torch.finfo(dtype).max
-    q = (v * scale).clamp(-limit, limit).to(dtype)
-    none = torch.empty(0, dtype=dtype, device=v.device)
-    return Float8(q if rows else none, q.t().contiguous() if columns else none)
+    rows = (v * scale).clamp(-limit, limit).to(dtype)
+    turned = rows.t().contiguous() if columns else torch.empty(0, dtype=dtype, device=v.device)
+    return Float8(rows, turned)
 
 
 _WORD = 0xFFFFFFFF
-_GOLDEN = 0x9E3779B9
-"""2^32 over the golden ratio."""
 
 
 def _mixed(x: Tensor) -> Tensor:
@@ -192,9 +181,4 @@ def _mixed(x: Tensor) -> Tensor:
 
 
 def _mix(number: int) -> int:
-    return int(_mixed(torch.tensor(number + 1)))
-
-
-def _signed(word: int) -> int:
-    """The 32-bit integer with the bits of ``word`` modulo 2^32."""
-    return (word + 2**31) % 2**32 - 2**31
+    return int(_mixed(torch.tensor((number + 1) & _WORD)))  # it maps 0 to itself

@@ -17,8 +17,7 @@ class Recipe:
     right on average; to the nearest their errors stay for as long as a weight hardly moves.
     ``fast_gradients`` sums the products that make gradients of activations as forward ones are
     (``matmul8``), ``fast_weights`` those that make gradients of weights.
-    The first ``keep_first`` and the last ``keep_last`` blocks stay in the compute dtype; of the
-    first ``keep_forward`` the forward products do.
+    The first ``keep_first`` and the last ``keep_last`` blocks stay in the compute dtype.
     """
 
     gradients: torch.dtype = torch.float8_e5m2
@@ -27,12 +26,7 @@ class Recipe:
     fast_weights: bool = True
     keep_first: int = 0
     keep_last: int = 0
-    keep_forward: int = 0
 
     def blocks(self, layers: int) -> list[bool]:
         """Which of ``layers`` blocks are to take their products in float8."""
         return [self.keep_first <= number < layers - self.keep_last for number in range(layers)]
-
-    def wide(self, layers: int) -> list[bool]:
-        """Whose forward products are taken in the compute dtype, whatever gradients are."""
-        return [number < self.keep_forward for number in range(layers)]

@@ -39,21 +39,17 @@ class WorkingCopies:
         self.blocks8: list[Weights8 | None] = []
 
     @torch.no_grad()
-    def refresh(
-        self, float8: Sequence[bool], wide: Sequence[bool] | None = None, step: int = 0
-    ) -> None:
+    def refresh(self, float8: Sequence[bool], step: int = 0) -> None:
         """Make them from the parameters as they are, for the layers that use float8 in float8.
 
-        Those that are ``wide``, and those without float8, get them in the compute dtype (too).
         ``step`` says which way weights are rounded, if it is by chance.
         """
         self.blocks, self.blocks8 = [], []  # before the new ones: they take the same memory
         self.head = self._head.to(self._dtype)
-        numbered = list(zip(range(len(self._blocks)), self._blocks, float8, strict=True))
-        cast8 = iter(self._in_float8([(n, block) for n, block, on in numbered if on], step))
-        for number, block, eight in numbered:
-            narrow = eight and not (wide and wide[number])
-            self.blocks.append(block if narrow else self._in_compute_dtype(block))
+        pairs = list(zip(self._blocks, float8, strict=True))
+        cast8 = self._in_float8([(n, block) for n, (block, on) in enumerate(pairs) if on], step)
+        for block, eight in pairs:
+            self.blocks.append(block if eight else self._in_compute_dtype(block))
             self.blocks8.append(next(cast8) if eight else None)
 
     def _in_compute_dtype(self, block: BlockTensors) -> BlockTensors:

@@ -208,17 +208,17 @@ from tessera.model.fused.kernels import fp8
 kernel = fp8._cast_kernel
 types = dict(x="*bf16", u="*bf16", rstd="*fp32", weight="*fp32", scale="*fp32", amax="*i32")
 types |= dict(rows="*fp8e4nv", columns="*i32", M="i32", C="i32")
-types |= dict(salt="i32", phase="i32")
+types |= dict(key="i32")
 tile = fp8.TILE
 for kind in range(4):
     given = dict(KIND=kind, TANH=True, PTX=True, COLUMNS=True, PACK=True)
-    given |= dict(DITHER=False, ROWS=True)
+    given |= dict(DITHER=False)
     given |= dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, GROUP=tile.group)
     given |= {} if kind == fp8.NORMED else dict(rstd=None, weight=None)
     given |= {} if kind == fp8.GELU_BACKWARD else dict(u=None)
     names = kernel.arg_names
     signature = {name: "constexpr" if name in given else types[name] for name in names}
-    others = ("scale", "amax", "salt", "phase")
+    others = ("scale", "amax", "key")
     aligned = [i for i, name in enumerate(names) if name in types and name not in others]
     source = ASTSource(
         fn=kernel,

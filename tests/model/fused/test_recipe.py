@@ -41,8 +41,6 @@ RECIPES = [
     Recipe(fast_weights=False),
     Recipe(keep_first=1, keep_last=2),
     Recipe(gradients=E4M3, fast_weights=False, stochastic_weights=True, keep_first=1),
-    Recipe(keep_forward=3),
-    Recipe(gradients=E4M3, stochastic_weights=True, keep_first=1, keep_forward=2),
 ]
 SHAPE = shape(layers=4)
 Linear = Callable[[Tensor], Tensor]
@@ -51,7 +49,7 @@ Scaling = dict[str, tuple[float, torch.dtype]]
 
 
 class Rounded(torch.autograd.Function):
-    """A linear whose products take rounded operands: all three, or forward exact ones (wide)."""
+    """A linear whose three products take rounded operands, forward and backward."""
 
     @staticmethod
     def forward(
@@ -61,20 +59,19 @@ class Rounded(torch.autograd.Function):
         weight8: Tensor | None,
         of: Any,
         gradient: Any,
-        wide: bool,
     ) -> Tensor:
         x8 = rounded(x, *of)
         if weight8 is None:
             weight8 = rounded(weight, 448.0 / float(weight.abs().max()), E4M3)
         ctx.save_for_backward(x8, weight8)
         ctx.gradient = gradient
-        return x @ weight.t() if wide else x8 @ weight8.t()
+        return x8 @ weight8.t()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x8, weight8 = ctx.saved_tensors
         g8 = rounded(gradients[0], *ctx.gradient)
-        return g8 @ weight8, g8.flatten(0, 1).t() @ x8.flatten(0, 1), None, None, None, None
+        return g8 @ weight8, g8.flatten(0, 1).t() @ x8.flatten(0, 1), None, None, None
 
 
 def rounded(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
@@ -103,7 +100,7 @@ def emulate(model: ProtoGPT, engine: Engine, scaling: Scaling) -> None:
                 taken = weight8.cast.rows.double() * weight8.inverse.double()
                 assert neighbours(taken, linear.weight)
             sites = (scaling[f"{number}.{site}"] for site in (of, gradient))
-            linear.forward = replaced(linear.weight, taken, *sites, engine._wide[number])
+            linear.forward = replaced(linear.weight, taken, *sites)
 
 
 def neighbours(rounded_at_random: Tensor, exact: Tensor) -> bool:
@@ -222,18 +219,21 @@ def test_weights_are_rounded_up_or_down_and_right_on_average(
     chance = torch.Generator().manual_seed(3)
     x = (torch.randn(32, 48, generator=chance) * 30).to(device)
     step_up = 2.0 ** (x.abs().log2().floor() - 3)  # of e4m3 at x
-    seen = draws(x, 5, range(1000, 1040))
+    seen = draws(x, 5, range(1000, 1100))
     off = (seen - x) / step_up
     assert bool((off.abs() < 1.0).all())
-    assert bool(((seen - seen[0]) != 0).any(0).float().mean() > 0.9), "nearly all move both ways"
-    # The golden ratio visits every part of the interval evenly: far closer than chance would be.
-    assert float(off.mean(0).abs().max()) < 2.5 / 40
-    assert float(off[:8].mean(0).abs().max()) < 2.5 / 8
-    # Neighbours, other matrices and other places are rounded independently.
-    flips = (off > 0).float() - (off > 0).float().mean(0)
-    assert abs(float((flips[:, :, 1:] * flips[:, :, :-1]).mean())) < 0.02
-    other = draws(x, 6, range(1000, 1040))
-    assert abs(float((flips * ((other > x).float() - (other > x).float().mean(0))).mean())) < 0.02
+    assert float(off.mean(0).abs().max()) < 5 * 0.5 / 100**0.5
+    # Of two draws of one weight, of neighbours and of two matrices neither knows the other.
+    up = (off > 0).float() - (off > 0).float().mean(0)
+    other = draws(x, 6, range(1000, 1100)) > x
+    pairs = {
+        "the step before": up[1:] * up[:-1],
+        "the neighbour": up[:, :, 1:] * up[:, :, :-1],
+        "the row below": up[:, 1:] * up[:, :-1],
+        "another matrix": up * (other.float() - other.float().mean(0)),
+    }
+    for name, products in pairs.items():
+        assert abs(float(products.mean())) < 0.005, name
 
 
 @pytest.mark.parametrize("form", ["triton"], indirect=True)
@@ -263,21 +263,6 @@ def test_weights_are_rounded_anew_in_every_step() -> None:
         seen.append(weights8.up.cast.rows.float())
     assert torch.equal(seen[0], seen[2])
     assert not torch.equal(seen[0], seen[1])
-
-
-def test_forward_products_that_stay_wide_are_those_without_float8() -> None:
-    """The loss of a step is then that of the compute dtype; its gradients are not."""
-    model, plain = model_of(SHAPE), model_of(SHAPE)
-    engine = engine_of(model, torch.float32, float8=Recipe(keep_forward=4))
-    data = float8_data()
-    step(engine, data)
-    take_gradients(model)
-    reference = engine_of(plain, torch.float32)
-    step(reference, data)
-    take_gradients(plain)
-    assert torch.equal(step(engine, data), step(reference, data))
-    ours, theirs = take_gradients(model), take_gradients(plain)
-    assert all(0.001 < error(ours[n], theirs[n]) < 0.2 for n in ours if "qkv" in n)
 
 
 def test_a_restored_engine_draws_what_the_undisturbed_one_does() -> None:

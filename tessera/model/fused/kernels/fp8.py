@@ -109,14 +109,13 @@ def _mixed(x):
 
 
 @triton.jit
-def _dithered(y, at, salt, phase):
+def _dithered(y, at, key):
     """Float32 ``y`` with bits of e4m3 alone, up or down by chance; `fp8.cast_dithered` says how."""
-    chance = _mixed(at.to(tl.uint32) + salt.to(tl.uint32, bitcast=True))
-    below = (chance + phase.to(tl.uint32, bitcast=True)) >> 12
+    below = _mixed(_mixed(at.to(tl.uint32)) ^ key.to(tl.uint32, bitcast=True)) >> 12
     return ((y.to(tl.uint32, bitcast=True) + below) & 0xFFF00000).to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["salt", "phase"], do_not_specialize_on_alignment=["scale", "amax"])
+@triton.jit(do_not_specialize=["key"], do_not_specialize_on_alignment=["scale", "amax"])
 def _cast_kernel(
     x,
     u,
@@ -128,13 +127,11 @@ def _cast_kernel(
     columns,
     M,
     C,
-    salt,
-    phase,
+    key,
     KIND: tl.constexpr,
     TANH: tl.constexpr,
     PTX: tl.constexpr,
     DITHER: tl.constexpr,
-    ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PACK: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -165,10 +162,9 @@ def _cast_kernel(
     # To nearest even; what is too large becomes the largest number, NaN stays NaN (cvt.satfinite).
     y = v * tl.load(scale)
     if DITHER:
-        y = _dithered(y, at, salt, phase)
+        y = _dithered(y, at, key)
     q = y.to(rows.dtype.element_ty)
-    if ROWS:
-        tl.store(rows + at, q, mask=inside)
+    tl.store(rows + at, q, mask=inside)
 
     if COLUMNS:
         if PACK:
@@ -205,19 +201,18 @@ def cast(
     rstd: Tensor | None = None,
     weight: Tensor | None = None,
     tanh: bool = False,
-    rows: bool = True,
     columns: bool = True,
-    dither: tuple[int, int] | None = None,
+    dither: int | None = None,
     tile: Tile = TILE,
 ) -> tuple[Tensor, Tensor]:
     """Rows (M, C) and columns (C, M), or (0,) without them, of one of the casts above.
 
     ``PLAIN`` takes ``x``; ``NORMED`` the total as ``x``, ``rstd`` and ``weight``; ``GELU`` u as
-    ``x``; ``GELU_BACKWARD`` da as ``x`` and ``u``. ``dither`` is the salt and the phase, signed
-    32-bit integers, of what is rounded by chance.
+    ``x``; ``GELU_BACKWARD`` da as ``x`` and ``u``. ``dither`` is the key, a signed 32-bit
+    integer, of what is rounded by chance.
     """
     M, C = x.shape
-    straight = torch.empty((M, C) if rows else (0,), dtype=dtype, device=x.device)
+    rows = torch.empty(M, C, dtype=dtype, device=x.device)
     turned = torch.empty((C, M) if columns else (0,), dtype=dtype, device=x.device)
     # Where threads hold fewer than 16 features Triton 3.6 mixes up the bytes of the words.
     pack = M % 4 == 0 and C % 16 == 0
@@ -229,16 +224,15 @@ def cast(
         weight,
         scale,
         amax.view(torch.int32),
-        straight,
+        rows,
         turned.view(torch.int32) if pack else turned,
         M,
         C,
-        *(dither or (0, 0)),
+        dither or 0,
         KIND=kind,
         TANH=tanh,
         PTX=x.is_cuda,
         DITHER=dither is not None,
-        ROWS=rows,
         COLUMNS=columns,
         PACK=pack,
         BLOCK_M=tile.block_m,
@@ -246,7 +240,7 @@ def cast(
         GROUP=tile.group,
         num_warps=tile.num_warps,
     )
-    return straight, turned
+    return rows, turned
 
 
 def amax_of(x: Tensor, *, block: int = 8192, programs: int = 1024, num_warps: int = 8) -> Tensor:
