@@ -157,7 +157,11 @@ def heads() -> Iterator[tuple[str, Head]]:
             by_autograd(lambda s, m, t: liger(m.to(s.dtype), s, t)),
         )
     if importlib.util.find_spec("quack"):
-        quack = importlib.import_module("quack.linear_cross_entropy")
+        try:
+            quack = importlib.import_module("quack.linear_cross_entropy")
+        except TypeError as error:  # 0.6.5 beside nvidia-cutlass-dsl 4.8.1
+            print(f"head, quack: {str(error).splitlines()[0]}", file=sys.stderr)
+            return
         for name, scaled in (("in chunks", False), ("without stored probabilities", True)):
 
             def quacks(s: Tensor, m: nn.Parameter, t: Tensor, scaled: bool = scaled) -> Tensor:

@@ -37,7 +37,7 @@ def test_the_measured_card_gets_its_measured_speed() -> None:
 
 def test_float8_and_torch_s_own_kernels_have_speeds_of_their_own() -> None:
     h200 = card_named("H200")
-    assert speed_of(experiment("tessera_1b_fp8"), h200, 1, shipped()).tokens_per_s == 100046
+    assert speed_of(experiment("tessera_1b_fp8"), h200, 1, shipped()).tokens_per_s == 97976
     plain = experiment("tessera_1b", "kernels=torch")
     assert speed_of(plain, h200, 1, shipped()).tokens_per_s == 66593
     assert speed_of(experiment(), h200, 2, shipped()).tokens_per_s == 127910
