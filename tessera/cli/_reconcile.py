@@ -12,7 +12,7 @@ from tessera.cloud.reconcile import Findings, IdleMachine, Lodger, ask_vast, wor
 from tessera.cloud.refusals import Refusal, scan_refusals
 from tessera.cloud.sky_records import NOT_ASKED, catalog_invoices, sky_records
 from tessera.cloud.vast import VastClient, find_key
-from tessera.errors import TesseraError
+from tessera.errors import InputError, TesseraError
 from tessera.ledger.invoices import Invoice
 from tessera.ledger.meter import Bill
 from tessera.ledger.traffic import plus_traffic
@@ -91,6 +91,12 @@ def reconcile(root: Root, provider: str | None = None, *, now: float | None = No
     ledger = _Ledger.of(read, scan_refusals(root))
     found: list[Findings] = []
     errors: list[TesseraError] = []
+
+    known = {lodger.provider for lodger in ledger.lodgers} - NOT_ASKED | {"vast"}
+    if provider is not None and provider not in known:
+        raise InputError(
+            f"No run of this root was on {provider!r}; expected {' or '.join(sorted(known))}."
+        )
 
     def chosen(name: str) -> bool:
         return provider in (None, name)

@@ -281,5 +281,5 @@ def _tell(
         sign = {True: "ok  ", False: "FAIL", None: "    "}[item.ok]
         click.echo(f"{sign} {item.name}: {item.text}")
     if written:
-        click.echo(f"Wrote {path}, which only you can read. Next: sky check, then")
-        click.echo("sky launch -c smoke sky/smoke_cpu.yaml")
+        click.echo(f"Wrote {path}, which only you can read. Next, for cents (docs/first-run.md):")
+        click.echo("tessera launch experiments/smoke.yaml --task sky/smoke_cpu.yaml")

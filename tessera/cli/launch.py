@@ -60,6 +60,7 @@ def _stop(name: str) -> int:
     from tessera.cloud.launch import INTERRUPTED
     from tessera.cloud.rent import SkyPilot
 
+    click.echo(f"Asking SkyPilot and vast.ai about {name} ...", err=True)
     found = stop(SkyPilot(), name)
     if found.interrupted:
         click.echo(" ".join(found.left), err=True)

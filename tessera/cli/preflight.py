@@ -6,7 +6,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from tessera.cli.common import F, epilog, json_option, not_empty, print_json
 
 if TYPE_CHECKING:
     from tessera.cloud.machine import Machine
-    from tessera.cloud.preflight import Findings, Wanted
+    from tessera.cloud.preflight import Check, Findings, Wanted
     from tessera.experiment import Experiment
 
 _STYLES = {"go": "green", "note": "yellow", "no-go": "bold red"}
@@ -240,6 +240,10 @@ def _print(document: dict[str, Any]) -> None:
     console.print("Go." if document["go"] else "No-go.")
 
 
+def _told(checks: Iterable[Check]) -> str:
+    return "; ".join(f"{c.name}: {c.found}: {c.reason}" for c in checks)
+
+
 def _verdict(findings: Findings, machine: Machine, wanted: Wanted, root: str | None) -> int:
     """0, or the sentence that ends it; on a rented machine one that counts."""
     from tessera.cloud.machine import LOCAL
@@ -256,9 +260,12 @@ def _verdict(findings: Findings, machine: Machine, wanted: Wanted, root: str | N
             except TesseraError as error:
                 click.echo(f"preflight: earlier refusals still count: {error}", err=True)
         return 0
-    reason = "; ".join(f"{c.name}: {c.found}: {c.reason}" for c in findings.against)
+    reason = _told(findings.against)
     if findings.exit_code == INPUT:
-        raise InputError(f"No-go, and another machine alone would not change that: {reason}.")
+        rest = [check for check in findings.against if check.code != INPUT]
+        also = f" Against this machine: {_told(rest)}." if rest else ""
+        everywhere = _told(check for check in findings.against if check.code == INPUT)
+        raise InputError(f"No-go, and no other machine would change that: {everywhere}.{also}")
     if machine.provider == LOCAL or [check.name for check in findings.against] == ["root"]:
         # A store that is down says nothing against the machine, and nothing could be counted in it.
         raise RetryElsewhereError(f"No-go: {reason}; another machine or moment may help.")

@@ -309,6 +309,18 @@ def test_a_wrong_key_and_a_folder_that_is_not_there_are_no_matter_of_the_machine
     assert "there is no such folder" in said
 
 
+def test_what_another_machine_would_change_is_told_apart_from_what_it_would_not(box: Box) -> None:
+    with pretend_s3("InvalidAccessKeyId") as environ:
+        box.gpus().torch(cuda=None)
+        code, _, said = box.run(SMOKE, "--gpu", "H100", "--no-bench", **environ, **RENTED)
+    assert code == 2
+    everywhere, _, here = said.partition(" Against this machine: ")
+    assert everywhere.startswith("No-go, and no other machine would change that: root: ")
+    assert "torch" not in everywhere
+    assert "torch: " in here
+    assert "access key" not in here
+
+
 def test_a_store_that_does_not_answer_is_not_counted(box: Box) -> None:
     code, _, said = box.run(
         SMOKE, "--root", "s3://b/p", "--patience", "0.1", AWS_ENDPOINT_URL="http://127.0.0.1:9",

@@ -192,7 +192,8 @@ def test_the_command_says_what_it_ended(
     sky.queue = [job(3)]
     done = CliRunner().invoke(command, ["--stop", NAME], standalone_mode=False)
     assert done.return_value == 0
-    assert done.output == f"Gone: the managed job {NAME}. Nothing of {NAME} bills any more.\n"
+    assert done.stdout == f"Gone: the managed job {NAME}. Nothing of {NAME} bills any more.\n"
+    assert done.stderr == f"Asking SkyPilot and vast.ai about {NAME} ...\n"
     again = CliRunner().invoke(command, ["--stop", NAME], standalone_mode=False)
     assert isinstance(again.exception, InputError)
 
