@@ -192,8 +192,10 @@ def test_the_command_says_what_it_ended(
     sky.queue = [job(3)]
     done = CliRunner().invoke(command, ["--stop", NAME], standalone_mode=False)
     assert done.return_value == 0
-    assert done.stdout == f"Gone: the managed job {NAME}. Nothing of {NAME} bills any more.\n"
-    assert done.stderr == f"Asking SkyPilot and vast.ai about {NAME} ...\n"
+    assert done.output == (
+        f"Asking SkyPilot and vast.ai about {NAME} ...\n"
+        f"Gone: the managed job {NAME}. Nothing of {NAME} bills any more.\n"
+    )
     again = CliRunner().invoke(command, ["--stop", NAME], standalone_mode=False)
     assert isinstance(again.exception, InputError)
 
