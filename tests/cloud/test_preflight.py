@@ -311,13 +311,14 @@ def test_a_wrong_key_and_a_folder_that_is_not_there_are_no_matter_of_the_machine
 
 def test_what_another_machine_would_change_is_told_apart_from_what_it_would_not(box: Box) -> None:
     with pretend_s3("InvalidAccessKeyId") as environ:
-        box.gpus().torch(devices=0)
-        code, _, said = box.run(SMOKE, "--gpu", "H100", "--no-bench", **environ, **RENTED)
+        box.gpus("NVIDIA GeForce RTX 5090")
+        code, _, said = box.run(SMOKE, "--gpu", "H100", "--root", "s3://b/p", **environ, **RENTED)
     assert code == 2
     everywhere, _, here = said.partition(" Against this machine: ")
     assert everywhere.startswith("No-go, and no other machine would change that: root: ")
-    assert "torch" not in everywhere
-    assert "torch: " in here
+    assert "RTX 5090" not in everywhere
+    assert here.startswith("GPU: ")
+    assert "RTX 5090" in here
     assert "access key" not in here
 
 
