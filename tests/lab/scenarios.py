@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 
 from tests.chaos.objects import RunFiles
 from tests.chaos.verdict import points, repeated
-from tests.lab.lab import Failure, Lab, expect, say, wait_for
+from tests.lab.lab import ROOT, Failure, Lab, expect, say, wait_for
 from tests.services.vast import OFFERS, offer
 
 _CPU = (
@@ -21,6 +22,10 @@ _SMALL = "model.layers=2 model.d_model=64 batch.tokens_per_step=2048"
 _STEPS = 300
 _SETTINGS = f"{_SMALL} tokens={_STEPS * 2048} checkpoint.every_steps=50 log_every_steps=1"
 _SHORT = f"{_SMALL} tokens=102400"
+_LAUNCH = (
+    "tessera", "launch", "experiments/smoke.yaml", "--task", "sky/smoke_cpu.yaml", "--yes",
+    *(word for setting in _SHORT.split() for word in ("--set", setting)),
+)  # fmt: skip
 _HEARTBEAT_S = 5.0
 _UPLOAD_S = 3.0
 """Longest time that a heartbeat may be on its way to the bucket of this machine."""
@@ -39,7 +44,9 @@ def plain(lab: Lab) -> str:
     )  # fmt: skip
     expect(done.returncode == 0, f"sky launch ended with {done.returncode}")
     expect_no_secret(lab, done.stdout)
-    (run,) = lab.listed(lab.root)
+    (run,) = (
+        row for row in lab.listed(lab.root) if row["run_id"].startswith("smoke-")
+    )
     expect(run["status"] == "finished", f"the run is {run['status']}")
     wait_for(lambda: not lab.rented("plain"), "the machine takes itself down", seconds=300)
     (line,) = lab.billed("plain")
@@ -170,6 +177,63 @@ def wrong_key(lab: Lab) -> str:
     return sentence.partition("Error:")[2].strip()
 
 
+def launched(lab: Lab) -> str:
+    """`tessera launch` to the end: plan, machine, corpus, training, log, and all given back."""
+    done = lab.sky.run(*_LAUNCH, "--run-id", "launched", timeout=600)
+    expect(done.returncode == 0, f"tessera launch ended with {done.returncode}")
+    expect_no_secret(lab, done.stdout)
+    last = done.stdout.rstrip().splitlines()[-1]
+    expect(last == "Done, and launched is gone: nothing of it bills any more.", f"it said: {last}")
+    expect(not lab.rented("launched"), "a machine of it is still there")
+    (run,) = (row for row in lab.listed(lab.root) if row["run_id"] == "launched")
+    expect(run["status"] == "finished", f"the run is {run['status']}")
+    (line,) = lab.billed("launched")
+    expect(0 < run["cost_usd"] <= line["usd"], f"${run['cost_usd']} of a bill of ${line['usd']}")
+    expect_ending(lab, "launched", "done")
+    return f"${run['cost_usd']:.4f} in tessera-exp, ${line['usd']:.4f} billed, all given back"
+
+
+def stopped(lab: Lab) -> str:
+    """Ctrl-C while a machine is set up gives it back; while it trains it only stops following."""
+    name = "stopped"
+    with lab.sky.start(*_LAUNCH, "--run-id", name) as launch:
+        wait_for(lambda: lab.rented(name), "a machine is rented", seconds=200)
+        code = launch.interrupt(seconds=200)
+        expect(code == 130, f"interrupted while renting, it ended with {code}")
+        expect(
+            "Stopped before it ran; nothing of it is left" in launch.said(), launch.said()[-300:]
+        )
+    expect(not lab.rented(name), "Ctrl-C while renting left a machine")
+    expect_ending(lab, name, "interrupted")
+
+    with lab.sky.start(*_LAUNCH, "--run-id", name) as launch:
+        wait_for(lambda: lab.objects(ROOT).keys(f"runs/{name}/attempts/"), "it trains", seconds=400)
+        code = launch.interrupt(seconds=60)
+        expect(code == 130, f"interrupted while training, it ended with {code}")
+        said = launch.said()
+        expect(f"{name} costs about $" in said, "it does not say what goes on costing money")
+        expect(f"`tessera launch --stop {name}`" in said, "it does not say how to stop that")
+    expect(len(lab.rented(name)) == 1, "Ctrl-C while training took the machine away")
+    expect_stopped(lab, name, f"the cluster {name}")
+    bill = lab.billed(name)
+    expect(len(bill) == 2, f"{len(bill)} machines were rented, expected 2")
+    return f"given back, followed no more, stopped: ${sum(line['usd'] for line in bill):.4f} billed"
+
+
+def left_alone(lab: Lab) -> str:
+    """A managed job that was launched and left alone is ended by one command."""
+    name = "left-alone"
+    done = lab.sky.run(
+        "tessera", "launch", "experiments/smoke.yaml", "--set", "tokens=65536000", "--managed",
+        "--yes", "--detach", "--run-id", name,
+    )  # fmt: skip
+    expect(done.returncode == 0, f"tessera launch ended with {done.returncode}")
+    expect(f"sky jobs cancel -n {name}" in done.stdout, "it does not say how to stop it")
+    wait_for(lambda: lab.rented(name), "its controller rents a machine", seconds=200)
+    expect_stopped(lab, name, f"the managed job {name}")
+    return f"cancelled, {len(lab.billed(name))} machine destroyed"
+
+
 @dataclass(frozen=True)
 class Scenario:
     """A name to ask for it, and what is done."""
@@ -181,10 +245,30 @@ class Scenario:
 GROUPS = (
     (Scenario("plain", plain), Scenario("managed", managed)),
     (Scenario("refused", refused), Scenario("wrong-key", wrong_key)),
+    (Scenario("launched", launched), Scenario("left-alone", left_alone)),
+    (Scenario("stopped", stopped),),
     (Scenario("faults", provider_faults),),
     (Scenario("lost-answer", lost_answer),),
 )
 """Groups run one after the other; what is in one runs at the same time."""
+
+
+def expect_stopped(lab: Lab, name: str, what: str) -> None:
+    """`tessera launch --stop` says what it ended, and nothing of it is left."""
+    done = lab.sky.run("tessera", "launch", "--stop", name, timeout=400)
+    expect(done.returncode == 0, f"--stop ended with {done.returncode}: {done.stdout[-300:]}")
+    expect(f"Gone: {what}" in done.stdout, f"--stop said: {done.stdout[-300:]}")
+    expect(not lab.rented(name), "--stop left a machine")
+
+
+def expect_ending(lab: Lab, run_id: str, outcome: str) -> None:
+    """The newest launch of that run is in the root, and so is how it ended."""
+    found = lab.objects(ROOT)
+    keys = sorted(key for key in found.keys("launches/") if not key.endswith(".end.json"))
+    newest = [key for key in keys if json.loads(found.read(key))["run_id"] == run_id][-1]
+    ending = json.loads(found.read(newest.replace(".json", ".end.json")))
+    expect(ending["outcome"] == outcome, f"the launch's record says {ending}")
+    expect(ending["may_bill"] == [], f"the record names {ending['may_bill']}")
 
 
 def expect_no_secret(lab: Lab, text: str) -> None:

@@ -6,9 +6,12 @@ import itertools
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,23 @@ jobs:
   controller:
     consolidation_mode: true  # managed jobs are controlled by the API server, no machine for it
 """
+
+
+@dataclass(frozen=True)
+class Started:
+    """A command that is running."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def interrupt(self, *, seconds: float) -> int:
+        """Ctrl-C, then its exit code."""
+        self.process.send_signal(signal.SIGINT)
+        return self.process.wait(seconds)
+
+    def said(self) -> str:
+        """What it printed so far, without colours."""
+        return _plain(self.log.read_text(errors="replace").partition("\n")[2])
 
 
 @dataclass
@@ -84,8 +104,24 @@ class SkyPilot:
             file.write(f"== code {done.returncode} after {time.monotonic() - began:.0f} s\n")
             file.seek(0)
             _, _, text = file.read().partition("\n")
-        text = re.sub(r"\x1b\[[0-9;]*m", "", text)  # colours, which it prints in spite of NO_COLOR
-        return subprocess.CompletedProcess(command, done.returncode, text)
+        return subprocess.CompletedProcess(command, done.returncode, _plain(text))
+
+    @contextmanager
+    def start(self, *command: str) -> Iterator[Started]:
+        """One command that goes on meanwhile; what still runs at the end is killed."""
+        log = self.logs / f"{next(self._count):03d}-{Path(command[0]).name}.log"
+        with log.open("w") as file:
+            file.write(f"$ {' '.join(command)}\n")
+            file.flush()
+            process = subprocess.Popen(
+                command, cwd=CHECKOUT, env=self.environment, stdin=subprocess.DEVNULL, stdout=file,
+                stderr=subprocess.STDOUT,
+            )  # fmt: skip
+            try:
+                yield Started(process, log)
+            finally:
+                process.kill()
+                process.wait()
 
     def jobs(self) -> list[dict[str, Any]]:
         """The managed jobs, as `sky jobs queue` has them."""
@@ -100,3 +136,8 @@ class SkyPilot:
         """Of the newest launch."""
         found = sorted((self.home / "sky_logs").glob("sky-*/provision.log"))
         return found[-1].read_text() if found else ""
+
+
+def _plain(text: str) -> str:
+    """Without colours, which SkyPilot prints in spite of NO_COLOR."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
