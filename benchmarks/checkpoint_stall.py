@@ -36,7 +36,8 @@ from tessera.model.loss import summed_cross_entropy
 from tessera.model.protogpt import ProtoGPT
 from tessera.runs import create_or_open
 from tessera.storage import Root
-from tessera.tracking.journal import Journal, read_journal
+from tessera.tracking.journal import Journal
+from tessera.tracking.records import read_journal
 from tessera.training.checkpoint.saver import Saver
 from tessera.training.checkpoint.state import allocate_moments, training_state
 from tessera.training.optim import build_optimizer

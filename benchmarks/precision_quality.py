@@ -45,7 +45,7 @@ from tessera.cli.common import run_script
 from tessera.experiment import Pretrain, load_experiment
 from tessera.runs import Run, find_run
 from tessera.storage import Root, open_root
-from tessera.tracking.journal import Record, read_journal
+from tessera.tracking.records import Record, read_journal
 
 SETTINGS = {
     "bf16": ["precision=bf16", "kernels=torch"],

@@ -31,7 +31,7 @@ from tessera.experiment import Pretrain, load_experiment
 from tessera.model.shape import flops_per_token
 from tessera.runs import find_run
 from tessera.storage import open_root
-from tessera.tracking.journal import read_journal
+from tessera.tracking.records import read_journal
 from tessera.training.pretrain import model_shape
 
 GIB = 2**30

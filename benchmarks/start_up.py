@@ -22,7 +22,7 @@ from tessera.cli.common import run_script
 from tessera.experiment import Pretrain, load_experiment
 from tessera.runs import find_run
 from tessera.storage import open_root
-from tessera.tracking.journal import read_journal
+from tessera.tracking.records import read_journal
 
 STEPS = 3
 CACHES = {

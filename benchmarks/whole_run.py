@@ -29,7 +29,7 @@ from tessera.cli.common import run_script
 from tessera.experiment import Pretrain, load_experiment
 from tessera.runs import find_run
 from tessera.storage import Root, open_root
-from tessera.tracking.journal import Record, read_journal
+from tessera.tracking.records import Record, read_journal
 from tessera.training.bench.runner import StepRunner
 from tessera.training.bench.tokens import corpus_batches
 

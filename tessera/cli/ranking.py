@@ -8,7 +8,7 @@ from typing import Any
 
 from tessera.evaluation.interview import stored_interview, stored_interviews
 from tessera.runs import Run
-from tessera.tracking.journal import read_journal
+from tessera.tracking.records import read_journal
 
 
 def rank_interviews(runs: Iterable[Run]) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from tessera.tracking.history import RunHistory
-from tessera.tracking.journal import Record
+from tessera.tracking.records import Record
 
 STALL, PUBLISHED, FAILED = "checkpoint/stall_s", "checkpoint/published", "checkpoint/failed"
 

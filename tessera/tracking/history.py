@@ -23,7 +23,7 @@ from tessera.ledger.traffic import DOWN_BYTES, UP_BYTES, count_bytes, traffic_us
 from tessera.runs import OUTCOMES_DONE, Attempt, Ending, Run, Segment, scan_runs
 from tessera.storage import Root
 from tessera.tracking.invoices import Stay, read_invoices, with_invoices
-from tessera.tracking.journal import Kind, Record, last_record_time, read_journal
+from tessera.tracking.records import Kind, Record, last_record_time, read_journal
 from tessera.tracking.told import HOUR, LATE, corrected, late_quote, price_changes
 
 ALIVE_S = 90.0

@@ -6,16 +6,16 @@ closes it at 4 MB; each upload replaces the whole segment, so a torn or repeated
 ``flush`` blocks until everything written so far is in the root: a checkpoint calls it before
 ``COMPLETE``, so what a complete checkpoint covers is always recorded.
 
+In a store every other upload of the open segment goes to the segment's twin. A store that does not
+look at Content-MD5 takes bytes that were damaged on their way; that is noticed by the ETag and
+mended at once, but not by a process that is killed in between: then the upload before is there.
+
 Nothing here raises into the loop. If the local disk is full the segment lives in memory; if the
 root does not answer, the records wait and the next upload carries them. A process that is killed
 leaves its local segments behind, and the next attempt of the run on that machine uploads them
 (``adopt``), so even the last half minute is not lost there.
 
-    {"kind": "metric", "key": "train/loss", "value": 3.2, "step": 100, "time": 1.7e9, "seq": 41}
-
-Kinds: ``metric`` (a number over steps), ``param`` and ``tag`` (a string), ``event`` (something that
-happened, with details), ``span`` (seconds filed under a category of the ledger). NaN and infinities
-are the strings "NaN", "Infinity", "-Infinity": JSON has no such numbers.
+The records and how they are read back: ``tessera.tracking.records``.
 """
 
 from __future__ import annotations
@@ -26,46 +26,20 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, Literal, get_args
+from typing import IO, Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
-
-from tessera.errors import DamagedError, InputError, TesseraError
-from tessera.runs import Run, what_is_wrong
+from tessera.errors import InputError, TesseraError
+from tessera.runs import Run
 from tessera.storage import Root, cache_folder, sha256_bytes
+from tessera.tracking.records import Kind, segment_path
 
-Kind = Literal["metric", "param", "tag", "event", "span"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
 HEARTBEAT = "heartbeat"
 SEGMENT_BYTES = 4 << 20
 UPLOAD_EVERY_S = 30.0
 HEARTBEAT_VARIABLE = "TESSERA_HEARTBEAT_S"
-_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-
-
-@with_config(ConfigDict(extra="forbid"))
-@dataclass(frozen=True)
-class Record:
-    """One line of the journal. ``value`` is a number, a string, or an event's details."""
-
-    kind: Kind
-    key: str
-    value: Any
-    step: int
-    time: float
-    attempt: str
-    seq: int
-
-    @property
-    def number(self) -> float:
-        """The value of a metric or span as a float, NaN and infinities included."""
-        return _NOT_FINITE[self.value] if isinstance(self.value, str) else float(self.value)
-
-
-_RECORD = TypeAdapter(Record)
 
 
 def heartbeat_s(environ: Mapping[str, str] = os.environ) -> float:
@@ -102,6 +76,7 @@ class Journal:
         self._lines: list[bytes] = []
         self._size = 0
         self._uploaded = 0
+        self._to_twin = self._has_twin = False
         self._closed_segments: list[tuple[int, bytes]] = []
         self._last_time = 0.0
         self.last_error: str | None = None
@@ -203,7 +178,7 @@ class Journal:
         self._wake.set()
         self._thread.join()
         try:
-            self._upload()
+            self._upload(final=True)
         except TesseraError:
             if not quiet:
                 raise
@@ -227,25 +202,38 @@ class Journal:
             except Exception as error:
                 self.last_error = str(error)
 
-    def _upload(self) -> None:
+    def _upload(self, *, final: bool = False) -> None:
         """Publish closed segments and the open one; the lock makes uploads one at a time."""
         with self._upload_lock:
             while True:
                 with self._append_lock:
                     if not self._closed_segments:
-                        number, data, closed = self._segment, b"".join(self._lines), False
-                        fresh = len(data) > self._uploaded
+                        number, data, closed = self._segment, b"".join(self._lines), final
+                        fresh = len(data) > self._uploaded or (final and self._has_twin)
                     else:
                         (number, data), closed, fresh = self._closed_segments[0], True, True
                 if fresh:
-                    self._run.root.publish(_segment_path(self._run, self.attempt, number), data)
-                if not closed:
-                    with self._append_lock:
+                    self._publish(number, data, closed)
+                with self._append_lock:
+                    if not self._closed_segments:
                         if number == self._segment:
                             self._uploaded = len(data)
-                    return
-                with self._append_lock:
-                    self._closed_segments.pop(0)
+                        return
+                    if closed and self._closed_segments[0][0] == number:
+                        self._closed_segments.pop(0)
+
+    def _publish(self, number: int, data: bytes, closed: bool) -> None:
+        """An open segment to its own key and to its twin in turn, a closed one to its own alone."""
+        root = self._run.root
+        twin = self._to_twin and not closed
+        root.publish(segment_path(self._run, self.attempt, number, twin=twin), data)
+        if not closed:
+            self._has_twin |= twin
+            self._to_twin = not twin and not root.is_local
+        elif self._has_twin:
+            with suppress(TesseraError):  # it says nothing that the segment does not say
+                root.delete(segment_path(self._run, self.attempt, number, twin=True))
+            self._to_twin = self._has_twin = False
 
     def _claim_spool(self) -> IO[bytes] | None:
         try:
@@ -289,11 +277,14 @@ def adopt(run: Run) -> list[str]:
             for file in sorted(spool.glob("*.jsonl")):
                 data = file.read_bytes()
                 data = data[: data.rfind(b"\n") + 1]  # the last line may be torn
-                path = _segment_path(run, spool.name, int(file.stem))
-                if data and len(data) > (
-                    len(run.root.read_bytes(path)) if run.root.exists(path) else 0
-                ):
-                    run.root.publish(path, data)
+                paths = [
+                    segment_path(run, spool.name, int(file.stem), twin=twin)
+                    for twin in (False, True)
+                ]
+                there = [run.root.read_bytes(path) for path in paths if run.root.exists(path)]
+                longest = max((len(known) for known in there), default=0)
+                if data and data not in there and len(data) >= longest:
+                    run.root.publish(paths[0], data)
         _remove_spool(spool)
         adopted.append(spool.name)
     return adopted
@@ -311,70 +302,6 @@ def alive_here(run: Run) -> list[str]:
         except OSError:
             pass  # never locked, or gone in the meantime
     return living
-
-
-def read_journal(run: Run, attempt: str) -> Iterator[Record]:
-    """The records of one attempt that are in the root, in order of writing.
-
-    A torn last line of the last segment is left out; any other broken line, or a record that is
-    missing between two others, is a ``DamagedError``.
-    """
-    last = 0
-    segments = run.root.files(run.path("journal", attempt))
-    for path in segments:
-        lines = run.root.read_bytes(path).split(b"\n")
-        for number, line in enumerate(lines, 1):
-            if not line:
-                continue
-            try:
-                record = _record(line)
-            except ValueError as error:
-                if number == len(lines) and path == segments[-1]:
-                    break
-                raise DamagedError(
-                    f"{path} in {run.root.url} is damaged at line {number} ({error}); restore the "
-                    "segment from a backup."
-                ) from error
-            if record.seq > last + 1:
-                raise DamagedError(
-                    f"{path} in {run.root.url} goes on with record {record.seq} at line {number}, "
-                    f"but of those before it only {last} are there; restore the attempt's segments "
-                    "from a backup."
-                )
-            if record.seq > last:
-                last = record.seq
-                yield record
-
-
-def _record(line: bytes) -> Record:
-    """One line, checked: a ``ValueError`` says in one clause what is wrong with it."""
-    try:
-        record = _RECORD.validate_python(json.loads(line))
-    except ValidationError as error:
-        raise ValueError(what_is_wrong(error)) from error
-    except RecursionError as error:
-        raise ValueError("nested too deep") from error
-    if record.kind in ("metric", "span"):
-        try:
-            float(record.number)
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise ValueError(f"value: {record.value!r:.40} is not a number") from error
-    return record
-
-
-def last_record_time(run: Run, attempt: str) -> float | None:
-    """When an attempt was last heard of: the time of its last record in the root."""
-    for segment in reversed(run.root.files(run.path("journal", attempt))):
-        for line in reversed(run.root.read_bytes(segment).split(b"\n")):
-            try:
-                return float(json.loads(line)["time"])
-            except (ValueError, KeyError, TypeError):
-                continue  # the empty end, or a torn line
-    return None
-
-
-def _segment_path(run: Run, attempt: str, number: int) -> str:
-    return run.path("journal", attempt, f"{number:06d}.jsonl")
 
 
 def _lock(spool: Path, mode: Literal["wb", "rb+"]) -> IO[bytes]:

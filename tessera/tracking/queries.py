@@ -42,7 +42,7 @@ from tessera.tracking.history import (
     read_with_neighbours,
 )
 from tessera.tracking.invoices import read_invoices
-from tessera.tracking.journal import Record
+from tessera.tracking.records import Record
 
 Status = Literal["finished", "budget", "running", "died", "failed", "diverged", "preempted"]
 STATUSES: tuple[Status, ...] = get_args(Status)

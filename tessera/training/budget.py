@@ -23,7 +23,8 @@ from tessera.ledger.prices import EXPERIMENT
 from tessera.model.shape import parameters
 from tessera.runs import Attempt, CheckpointRef, Run, Segment
 from tessera.storage import Root
-from tessera.tracking.journal import Journal, read_journal
+from tessera.tracking.journal import Journal
+from tessera.tracking.records import read_journal
 from tessera.training.cost import LOCAL, RunningCost
 from tessera.training.parallel import World
 from tessera.training.pretrain import model_shape

@@ -11,7 +11,7 @@ from tessera.ledger.meter import Usage, bill, total_usd
 from tessera.ledger.prices import PriceChange, Quote
 from tessera.ledger.traffic import plus_traffic, traffic_usd
 from tessera.runs import Attempt, Run, scan_runs
-from tessera.tracking.journal import last_record_time
+from tessera.tracking.records import last_record_time
 from tessera.tracking.told import corrected
 from tessera.training.clock import now
 from tessera.training.earlier import NOTHING, Past, read_past

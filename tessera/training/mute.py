@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from tessera.tracking.journal import Journal, Kind
+from tessera.tracking.journal import Journal
+from tessera.tracking.records import Kind
 
 
 class MuteJournal(Journal):
@@ -22,7 +23,7 @@ class MuteJournal(Journal):
     def _append(self, kind: Kind, key: str, value: Any, step: int) -> None:
         pass
 
-    def _upload(self) -> None:
+    def _upload(self, *, final: bool = False) -> None:
         pass
 
     def close(self, *, quiet: bool = False) -> None:

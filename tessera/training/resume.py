@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from tessera.errors import DamagedError, DivergedError
 from tessera.runs import Attempt, CheckpointRef, Ending, Rollback, Run
-from tessera.tracking.journal import Record, read_journal
+from tessera.tracking.records import Record, read_journal
 from tessera.tracking.told import HOUR, price_changes
 from tessera.training.checkpoint.fetch import Loaded
 from tessera.training.checkpoint.publish import guard_publication

@@ -149,11 +149,13 @@ class RunFiles:
 
     def journal(self, attempt: str) -> list[dict[str, Any]]:
         """Every record of an attempt, in order of writing."""
-        lines: list[dict[str, Any]] = []
+        segments: dict[str, list[dict[str, Any]]] = {}
         for key in self.keys(f"journal/{attempt}"):
             data = self.objects.read(f"{self.folder()}journal/{attempt}/{key}")
-            lines += [json.loads(line) for line in data.splitlines()]
-        return lines
+            number, lines = key.partition(".")[0], whole_lines(data)
+            # A segment that was being written at a kill may have a twin, and one of them damage.
+            segments[number] = max(segments.get(number, []), lines, key=len)
+        return [line for number in sorted(segments) for line in segments[number]]
 
     def weights_digest(self) -> str:
         """Of the published model."""
@@ -162,6 +164,17 @@ class RunFiles:
     def _json(self, key: str) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(self.objects.read(self.folder() + key))
         return found
+
+
+def whole_lines(data: bytes) -> list[dict[str, Any]]:
+    """Records up to the first line that is none."""
+    found = []
+    for line in data.splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            break
+    return found
 
 
 COMPLETE = re.compile(r"/checkpoints/step-(\d+)-\d+-[0-9a-f]+/COMPLETE$")

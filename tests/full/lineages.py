@@ -156,9 +156,14 @@ class Snapshot:
 
     def journal(self, attempt: str) -> Iterator[dict[str, Any]]:
         """Every record of an attempt."""
-        for path in sorted(p for p in self._files if p.startswith(f"journal/{attempt}/")):
+        paths = sorted(p for p in self._files if p.startswith(f"journal/{attempt}/"))
+        seen = 0
+        for path in paths:  # of one that was killed a segment may have a twin
             for line in self._files[path].splitlines():
-                yield json.loads(line)
+                record = json.loads(line)
+                if record["seq"] > seen:
+                    seen = record["seq"]
+                    yield record
 
     def points(self) -> dict[str, dict[int, Any]]:
         """``METRICS`` of the chain; a ``ValueError`` for a step that is there twice."""

@@ -44,9 +44,7 @@ def plain(lab: Lab) -> str:
     )  # fmt: skip
     expect(done.returncode == 0, f"sky launch ended with {done.returncode}")
     expect_no_secret(lab, done.stdout)
-    (run,) = (
-        row for row in lab.listed(lab.root) if row["run_id"].startswith("smoke-")
-    )
+    (run,) = (row for row in lab.listed(lab.root) if row["run_id"].startswith("smoke-"))
     expect(run["status"] == "finished", f"the run is {run['status']}")
     wait_for(lambda: not lab.rented("plain"), "the machine takes itself down", seconds=300)
     (line,) = lab.billed("plain")

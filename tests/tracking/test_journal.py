@@ -20,7 +20,8 @@ from tessera.errors import DamagedError, StoreError
 from tessera.runs import Run, RunRecord
 from tessera.storage import Root
 from tessera.tracking import journal as module
-from tessera.tracking.journal import Journal, Record, adopt, last_record_time, read_journal
+from tessera.tracking.journal import Journal, adopt
+from tessera.tracking.records import Record, last_record_time, read_journal
 
 NEVER = 3600.0
 """Seconds between uploads where a test wants none but its own."""
@@ -561,6 +562,95 @@ def test_a_missing_record_is_damage(run: Run, segments: tuple[bytes, ...], named
     put(run, *segments)
     with pytest.raises(DamagedError, match=rf"{named}\.jsonl in .* only \d are there.*\.$"):
         values(run)
+
+
+# -- twins: a store that takes damaged bytes -------------------------------------------------------
+
+
+@pytest.fixture
+def far(run: Run) -> Run:
+    """A run whose root is no folder of this machine, as far as the journal knows."""
+    run.root.is_local = False
+    return run
+
+
+def files(run: Run) -> list[str]:
+    return [Path(path).name for path in run.root.files(run.path("journal", "1-aa"))]
+
+
+def test_the_open_segment_goes_to_two_places_in_turn_and_ends_in_one(far: Run) -> None:
+    journal = Journal(far, "1-aa", upload_every_s=NEVER)
+    seen = []
+    for step in (1, 2, 3, 4):
+        journal.metric("train/loss", step, step)
+        journal.flush()
+        seen.append(files(far))
+        assert values(far) == list(range(1, step + 1))
+        assert last_record_time(far, "1-aa") == list(read_journal(far, "1-aa"))[-1].time
+    assert seen == [["000000.jsonl"], *[["000000.jsonl", "000000.twin.jsonl"]] * 3]
+    sizes = [len(far.root.read_bytes(far.path("journal", "1-aa", name))) for name in files(far)]
+    assert sizes[0] < sizes[1], "the fourth went to the twin"
+    journal.close()
+    assert files(far) == ["000000.jsonl"]
+    assert values(far) == [1, 2, 3, 4]
+
+
+def test_a_full_segment_has_no_twin(far: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SEGMENT_BYTES", 500)
+    journal = Journal(far, "1-aa", upload_every_s=NEVER)
+    for step in range(1, 31):
+        journal.metric("train/loss", step, step)
+        journal.flush()
+        assert values(far) == list(range(1, step + 1))
+        twins = [name for name in files(far) if "twin" in name]
+        assert twins in ([], [f"{journal._segment:06d}.twin.jsonl"])
+    assert journal._segment > 3
+    journal.close()
+    assert not any("twin" in name for name in files(far))
+
+
+@pytest.mark.parametrize("flushes", [1, 2, 3])
+def test_killed_while_a_damaged_upload_lies_there_loses_nothing_that_was_flushed(
+    far: Run, flushes: int
+) -> None:
+    """The store took bytes that changed on their way, and nobody lived to see its answer."""
+    journal = Journal(far, "1-aa", upload_every_s=NEVER)
+    for step in range(1, flushes + 1):
+        journal.metric("train/loss", step, step)
+        journal.flush()
+    journal.metric("train/loss", flushes + 1, flushes + 1)
+    plain = far.root.publish
+
+    def damaged(path: str, data: bytes) -> None:
+        plain(path, data.replace(b'"seq":1}', b'"seq";1}'))
+        raise KeyboardInterrupt
+
+    far.root.publish = damaged  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        journal.flush()
+    far.root.publish = plain  # type: ignore[method-assign]
+    assert values(far) == list(range(1, flushes + 1))
+    journal._lock_file.close()  # type: ignore[union-attr]  # what a death does
+    assert adopt(far) == ["1-aa"]
+    assert values(far) == list(range(1, flushes + 2))
+
+
+def test_two_damaged_twins_are_damage(far: Run) -> None:
+    put(far, line(1) + b"{\n" + line(2))
+    far.root.publish(far.path("journal", "1-aa", "000000.twin.jsonl"), b"{\n")
+    with pytest.raises(DamagedError, match=r"000000\.jsonl in .* is damaged at line 2"):
+        values(far)
+
+
+def test_damage_of_equal_length_is_mended_by_who_has_it_right(far: Run) -> None:
+    journal = Journal(far, "1-aa", upload_every_s=NEVER)
+    journal.metric("train/loss", 1.0, 1)
+    journal.flush()
+    path = far.path("journal", "1-aa", "000000.jsonl")
+    far.root.publish(path, far.root.read_bytes(path).replace(b":", b";", 1))
+    journal._lock_file.close()  # type: ignore[union-attr]
+    assert adopt(far) == ["1-aa"]
+    assert values(far) == [1.0]
 
 
 def test_a_journal_counts_what_it_wrote(run: Run) -> None:

@@ -30,7 +30,7 @@ from tessera.experiment import Experiment, load_experiment
 from tessera.model.peak import Peak
 from tessera.runs import Attempt, Ending, Run, list_runs
 from tessera.storage import Root
-from tessera.tracking.journal import Record, read_journal
+from tessera.tracking.records import Record, read_journal
 from tessera.training import attempt, session
 from tessera.training.checkpoint.saver import Saver
 from tessera.training.loop import Loop

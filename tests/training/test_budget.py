@@ -20,8 +20,9 @@ from tessera.cli.main import tessera
 from tessera.evaluation.weights import load_base
 from tessera.ledger.budget import Plan
 from tessera.runs import Attempt, CheckpointRef, Rollback, list_runs
-from tessera.tracking.journal import Journal, read_journal
+from tessera.tracking.journal import Journal
 from tessera.tracking.queries import summarise_run
+from tessera.tracking.records import read_journal
 from tessera.training import session
 from tessera.training.budget import PLANNED, STOPPED, Recorded, recorded_plans
 from tessera.training.pretrain import PretrainProgram

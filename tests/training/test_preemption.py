@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tessera.storage import Root
-from tessera.tracking.journal import read_journal
+from tessera.tracking.records import read_journal
 from tests.training.conftest import as_options, assert_as_if_undisturbed
 from tests.training.disturb import Disturbance
 from tests.training.gated_store import URL, GatedStore, serving

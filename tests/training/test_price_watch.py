@@ -21,8 +21,8 @@ from tessera.ledger.prices import Quote
 from tessera.runs import list_runs
 from tessera.storage import Root
 from tessera.tracking.history import read_history
-from tessera.tracking.journal import read_journal
 from tessera.tracking.queries import summarise_attempts, summarise_run, usd_by_category
+from tessera.tracking.records import read_journal
 from tessera.tracking.told import late_quote, price_changes
 from tessera.training.cost import RunningCost
 from tessera.training.price_watch import PriceWatch, every_s, follow_price

@@ -21,7 +21,8 @@ from tessera.errors import ConflictError, DamagedError, NotFoundError
 from tessera.runs import CheckpointRef, Run, furthest_first
 from tessera.storage import cache_folder, require_writable, sha256_file
 from tessera.storage.local import copy_local
-from tessera.tracking.journal import alive_here, read_journal
+from tessera.tracking.journal import alive_here
+from tessera.tracking.records import read_journal
 from tessera.training.checkpoint.files import (
     COMPLETE,
     check_record,
