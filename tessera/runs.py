@@ -4,7 +4,8 @@
     ├── run.json                          created once: identity, experiment, fingerprint, commit
     ├── attempts/<n>-<token>.json         one a launch
     ├── attempts/<n>-<token>.end.json     how it ended; absent while it runs and after a kill -9
-    ├── journal/<n>-<token>/<segment>.jsonl
+    ├── journal/<n>-<token>/<segment>.jsonl    in a store beside it ``<segment>.twin.jsonl`` while
+    │                                     it is written
     ├── checkpoints/step-<step>-<n>-<token>/   ``COMPLETE`` is written last
     ├── rollbacks/<n>-<token>.json        an attempt gave up every earlier checkpoint beyond a step
     ├── latest.json                       a hint for people; readers follow the lineage

@@ -94,9 +94,7 @@ def reconcile(root: Root, provider: str | None = None, *, now: float | None = No
 
     known = {lodger.provider for lodger in ledger.lodgers} - NOT_ASKED | {"vast"}
     if provider is not None and provider not in known:
-        raise InputError(
-            f"No run of this root was on {provider!r}; expected {' or '.join(sorted(known))}."
-        )
+        raise InputError(_no_bill_of(provider, sorted(known), read))
 
     def chosen(name: str) -> bool:
         return provider in (None, name)
@@ -123,6 +121,14 @@ def reconcile(root: Root, provider: str | None = None, *, now: float | None = No
         damaged=tuple(str(error) for error in read.damaged.values()),
         errors=tuple(errors),
     )
+
+
+def _no_bill_of(provider: str, known: Sequence[str], read: Histories) -> str:
+    expected = f"expected {' or '.join(known)}"
+    if provider in NOT_ASKED:
+        return f"Nobody sends a bill for machines of {provider!r}; {expected}."
+    unread = f", as far as they can be read ({'; '.join(map(str, read.damaged.values()))})"
+    return f"No run of this root was on {provider!r}{unread if read.damaged else ''}; {expected}."
 
 
 def _line(invoice: Invoice, ledger: _Ledger, known: Mapping[Place, Invoice]) -> Line:

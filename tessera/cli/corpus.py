@@ -33,9 +33,15 @@ def corpus() -> None:
 @click.argument("recipe", type=click.Path(path_type=Path))
 @root_option
 @click.option("--publish", is_flag=True, help="Also write <name>.manifest.json beside the recipe.")
+@click.option(
+    "--unless-built", is_flag=True,
+    help="Leave it at a corpus of that name that is there, even if other inputs made it.",
+)  # fmt: skip
 @json_option
 @click.option("--quiet", is_flag=True, help="No progress.")
-def build(recipe: Path, root: str, publish: bool, as_json: bool, quiet: bool) -> None:
+def build(
+    recipe: Path, root: str, publish: bool, unless_built: bool, as_json: bool, quiet: bool
+) -> None:
     """Build the corpus of RECIPE in the root; the same inputs are built once.
 
     Sources are read, normalised, deduplicated and split, a tokenizer is trained (or reused), and
@@ -45,8 +51,20 @@ def build(recipe: Path, root: str, publish: bool, as_json: bool, quiet: bool) ->
 
     from tessera.cli._corpus_view import progress_view, show_manifest
     from tessera.corpus.build import build as build_corpus
+    from tessera.corpus.manifest import find_builds
+    from tessera.corpus.recipe import load_recipe
+    from tessera.errors import InputError
     from tessera.storage import open_root
 
+    if unless_built and publish:
+        raise InputError("--publish copies the manifest of these inputs; leave out --unless-built.")
+    if unless_built and (there := find_builds(open_root(root), load_recipe(recipe).name)):
+        if as_json:
+            manifest = there[-1].model_dump(mode="json")
+            print_json({"reused": True, "manifest_path": there[-1].path, "manifest": manifest})
+        else:
+            click.echo(f"{there[-1].name} is there: {there[-1].path}")
+        return
     view = nullcontext(None) if quiet else progress_view()
     with view as progress:
         result = build_corpus(

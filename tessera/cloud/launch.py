@@ -23,7 +23,7 @@ from tessera.cloud.credentials import env_file, read_settings
 from tessera.cloud.give_back import AFTER_FAILURE, GivenBack, Sleep, give_back, stop_command
 from tessera.cloud.offers import Offer
 from tessera.cloud.plan import Line
-from tessera.cloud.rent import CANCELLED, NOT_FINISHED, SUCCEEDED, Renter
+from tessera.cloud.rent import CANCELLED, NOT_FINISHED, SUCCEEDED, Followed, Renter
 from tessera.cloud.skypilot import TaskFile, first_line
 from tessera.errors import ConflictError, InputError, NotFoundError, RetryElsewhereError, StoreError
 from tessera.experiment import Experiment
@@ -249,7 +249,7 @@ def launch(
     if detach:
         return 0
     try:
-        code = renter.follow(order.name, job, order.managed)
+        followed = renter.follow(order.name, job, order.managed)
     except KeyboardInterrupt:
         say(f"Not following any more. {costs(order)}")
         return INTERRUPTED
@@ -258,18 +258,24 @@ def launch(
             f"The log of {order.name} broke off ({first_line(error)}), the job did not. "
             f"{costs(order)}"
         ) from error
-    if code == NOT_FINISHED:
+    if followed.code == NOT_FINISHED:
         raise RetryElsewhereError(
             f"The log of {order.name} broke off, the job did not. {costs(order)}"
         )
-    return _ended(order, root, renter, record, code, say, sleep)
+    return _ended(order, root, renter, record, followed, say, sleep)
 
 
 def _ended(
-    order: Order, root: Root, renter: Renter, record: _Record, code: int, say: Say, sleep: Sleep
+    order: Order,
+    root: Root,
+    renter: Renter,
+    record: _Record,
+    followed: Followed,
+    say: Say,
+    sleep: Sleep,
 ) -> int:
     """After the log's end: a job that is done needs its machine no more."""
-    if code == SUCCEEDED:
+    if followed.code == SUCCEEDED:
         back = _give_back(renter, order, 1, sleep)
         record.end("done", "", back)
         if back.interrupted:
@@ -278,15 +284,17 @@ def _ended(
         back.require()
         say(f"Done, and {order.name} is gone: nothing of it bills any more.")
         return 0
-    exit_code = _exit_code(root, order.run_id, record.started_at)
-    record.end("cancelled" if code == CANCELLED else "failed", f"exit code {exit_code}", None)
+    cancelled, exit_code = followed.code == CANCELLED, followed.exit_code
+    if exit_code is None:
+        exit_code = _exit_code(root, order.run_id, record.started_at)
+    record.end("cancelled" if cancelled else "failed", f"exit code {exit_code}", None)
     if not order.managed:
         say(
             f"The job ended with {exit_code}. Its machine takes itself down when it has been idle "
             f"for some minutes, and bills until then; `{stop_command(order.name)}` ends it "
             "now."
         )
-    return INTERRUPTED if code == CANCELLED else exit_code
+    return INTERRUPTED if cancelled else exit_code
 
 
 def costs(order: Order) -> str:

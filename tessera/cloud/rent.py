@@ -8,14 +8,51 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import re
-from typing import Any, Protocol
+import sys
+from typing import Any, NamedTuple, Protocol, TextIO
 
 from tessera.cloud.skypilot import require_skypilot
 
 SUCCEEDED, NOT_FINISHED, CANCELLED = 0, 101, 103  # sky.exceptions.JobExitCode
 _JOB_NAME = 25  # sky.jobs.constants.JOBS_CLUSTER_NAME_PREFIX_LENGTH
 _CANCELLING = "CANCELLING"
+_CODES = re.compile(r"^ERROR: Job \d+ failed with return code list: \[(\d+(?:, \d+)*)\]")
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+
+
+class Followed(NamedTuple):
+    """How a job ended: SkyPilot's code, and the job's own if its log tells it."""
+
+    code: int
+    exit_code: int | None = None
+
+
+class ShownLog(io.TextIOBase):
+    """Passes a job's log on, and remembers the exit code that SkyPilot's last line about it names.
+
+    Nothing else tells it: SkyPilot's own code for a job that failed is 100, whatever it left with.
+    """
+
+    def __init__(self, target: TextIO) -> None:
+        self._target, self._line = target, ""
+        self.exit_code: int | None = None
+
+    def write(self, text: str) -> int:
+        """Show it at once."""
+        self._target.write(text)
+        *lines, self._line = (self._line + text).split("\n")
+        for line in lines:
+            if found := _CODES.search(_COLOURS.sub("", line)):
+                codes = [int(code) for code in found[1].split(",")]
+                # Of several machines those whose peer failed are killed with 137.
+                self.exit_code = next((c for c in codes if c not in (0, 137)), codes[0])
+        return len(text)
+
+    def flush(self) -> None:
+        """As the terminal does."""
+        self._target.flush()
 
 
 class Renter(Protocol):
@@ -30,8 +67,8 @@ class Renter(Protocol):
     def start(self, task: Any, name: str, managed: bool) -> int | None:
         """Rent, set up and submit, showing SkyPilot's own lines; the job's number."""
 
-    def follow(self, name: str, job: int | None, managed: bool) -> int:
-        """Show the job's log to its end; SkyPilot's code for how it ended."""
+    def follow(self, name: str, job: int | None, managed: bool) -> Followed:
+        """Show the job's log to its end, and say how it ended."""
 
     def end(self, name: str, managed: bool) -> None:
         """Take the cluster down, or cancel every job of that name; nothing there is no error."""
@@ -80,12 +117,15 @@ class SkyPilot:
         self._request = None
         return job if job is None else int(job)
 
-    def follow(self, name: str, job: int | None, managed: bool) -> int:
+    def follow(self, name: str, job: int | None, managed: bool) -> Followed:
         """See ``Renter``."""
-        sky = self._sky
+        sky, log = self._sky, ShownLog(sys.stdout)
         if managed:
-            return int(sky.jobs.tail_logs(job_id=job, name=None if job else name, follow=True))
-        return int(sky.tail_logs(name, job, follow=True))
+            by_name = None if job else name
+            code = sky.jobs.tail_logs(job_id=job, name=by_name, follow=True, output_stream=log)
+        else:
+            code = sky.tail_logs(name, job, follow=True, output_stream=log)
+        return Followed(int(code), log.exit_code)
 
     def end(self, name: str, managed: bool) -> None:
         """See ``Renter``. A launch that is still under way is called off first."""

@@ -218,9 +218,9 @@ class Stability(Section):
     """When a step is not applied, and when the run goes back.
 
     A step whose loss or gradient norm is not finite, or lies more than ``sigma`` standard
-    deviations above the mean of the last ``window`` steps, is not applied
-    (``training/stability.py``). More than ``max_skips`` of those within ``window`` steps roll the
-    run back, ``rollbacks`` times at most.
+    deviations above the mean of the last ``window`` applied steps, is not applied; for its norm
+    alone at most three in a row (``training/stability.py``). More than ``max_skips`` of those
+    within ``window`` steps roll the run back, ``rollbacks`` times at most.
     """
 
     window: int = Field(default=128, ge=4, le=4096)

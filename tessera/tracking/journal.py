@@ -6,7 +6,7 @@ closes it at 4 MB; each upload replaces the whole segment, so a torn or repeated
 ``flush`` blocks until everything written so far is in the root: a checkpoint calls it before
 ``COMPLETE``, so what a complete checkpoint covers is always recorded.
 
-In a store every other upload of the open segment goes to the segment's twin. A store that does not
+In a store the open segment has a twin, and uploads go to the two in turn. A store that does not
 look at Content-MD5 takes bytes that were damaged on their way; that is noticed by the ETag and
 mended at once, but not by a process that is killed in between: then the upload before is there.
 
@@ -223,17 +223,31 @@ class Journal:
                         self._closed_segments.pop(0)
 
     def _publish(self, number: int, data: bytes, closed: bool) -> None:
-        """An open segment to its own key and to its twin in turn, a closed one to its own alone."""
+        """A closed segment ends under its own key alone; of an open one a store has two copies.
+
+        The newest good copy is never the one that is written over: uploads take turns, and what
+        closes a segment goes to the twin first if its own key holds the newest.
+        """
         root = self._run.root
-        twin = self._to_twin and not closed
-        root.publish(segment_path(self._run, self.attempt, number, twin=twin), data)
-        if not closed:
-            self._has_twin |= twin
-            self._to_twin = not twin and not root.is_local
-        elif self._has_twin:
-            with suppress(TesseraError):  # it says nothing that the segment does not say
-                root.delete(segment_path(self._run, self.attempt, number, twin=True))
-            self._to_twin = self._has_twin = False
+        own, twin = (segment_path(self._run, self.attempt, number, twin=t) for t in (False, True))
+        if root.is_local:
+            root.publish(own, data)
+        elif not closed and self._has_twin:
+            root.publish(twin if self._to_twin else own, data)
+            self._to_twin = not self._to_twin
+        elif not closed:
+            root.publish(own, data)
+            root.publish(twin, data)
+            self._has_twin = True
+        else:
+            if self._to_twin:
+                root.publish(twin, data)
+                self._to_twin = False
+            root.publish(own, data)
+            if self._has_twin:
+                with suppress(TesseraError):  # it says nothing that the segment does not say
+                    root.delete(twin)
+                self._has_twin = False
 
     def _claim_spool(self) -> IO[bytes] | None:
         try:

@@ -15,14 +15,15 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal, get_args
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
-from tessera.errors import DamagedError
+from tessera.errors import DamagedError, NotFoundError
 from tessera.runs import Run, what_is_wrong
 
 Kind = Literal["metric", "param", "tag", "event", "span"]
@@ -61,52 +62,78 @@ def segment_path(run: Run, attempt: str, number: int, *, twin: bool = False) -> 
 def read_journal(run: Run, attempt: str) -> Iterator[Record]:
     """The records of one attempt that are in the root, in order of writing.
 
-    A torn last line of the last segment is left out, and so is what comes behind damage in one of
-    two twins. Any other broken line, or a record that is missing between two others, is a
-    ``DamagedError``.
+    A torn last line of the last segment is left out. Any other broken line, or a record that is
+    missing between two others, is a ``DamagedError``; but in a store, where the last segment has
+    no twin yet, its first upload was damaged on its way and nobody lived to mend it: what stands
+    before the damage is read, and nothing behind it was ever promised to be there.
     """
     last = 0
-    segments = _segments(run, attempt)
-    for twins in segments:
-        read = [_read(run, path, last, newest=twins is segments[-1]) for path in twins]
-        damage = [found.damage for found in read if found.damage is not None]
-        if len(damage) == len(read):
-            raise damage[0]
-        records = max((found.records for found in read), key=len)
+    found = segments(run, attempt)
+    for twins in found:
+        newest = twins is found[-1]
+        path, data = copy_of(run, twins)
+        records, damage = _read(run, path, data, last, newest=newest)
+        if damage is not None and not (newest and len(twins) == 1 and not run.root.is_local):
+            raise damage
         yield from records
         last = records[-1].seq if records else last
 
 
 def last_record_time(run: Run, attempt: str) -> float | None:
     """When an attempt was last heard of: the time of its last record in the root."""
-    for twins in reversed(_segments(run, attempt)):
-        times = [time for path in twins if (time := _last_time(run, path)) is not None]
-        if times:
-            return max(times)
+    for twins in reversed(segments(run, attempt)):
+        for line in reversed(copy_of(run, twins)[1].split(b"\n")):
+            try:
+                return float(json.loads(line)["time"])
+            except (ValueError, KeyError, TypeError):
+                continue  # the empty end, or a torn line
     return None
 
 
-def _segments(run: Run, attempt: str) -> list[list[str]]:
-    """The paths of each segment in order: one, or it and its twin."""
-    found = [(m[1], path) for path in run.root.files(run.path("journal", attempt))
-             if (m := _SEGMENT.search(path))]  # fmt: skip
-    return [
-        [path for _, path in group] for _, group in groupby(sorted(found), lambda pair: pair[0])
-    ]
+def segments(run: Run, attempt: str) -> list[list[str]]:
+    """The paths of each segment in order: its own, and its twin's if it has one."""
+    paths = run.root.files(run.path("journal", attempt))
+    found = sorted((m[1], path) for path in paths if (m := _SEGMENT.search(path)))
+    return [[path for _, path in pair] for _, pair in groupby(found, lambda item: item[0])]
 
 
-@dataclass(frozen=True)
-class _Read:
-    """The records of a segment that were not read yet, up to its damage if there is any."""
+def copy_of(run: Run, twins: Sequence[str]) -> tuple[str, bytes]:
+    """Path and bytes of the copy of a segment that counts: of two whole ones the longer.
 
-    records: list[Record]
-    damage: DamagedError | None
+    A twin is deleted once its segment is closed; it is read first, so the segment that is read
+    after that it was gone is the closed one.
+    """
+    own = twins[0]
+    copies = []
+    for path in twins[:0:-1]:
+        with suppress(NotFoundError):
+            copies.append((path, run.root.read_bytes(path)))
+    data = run.root.read_bytes(own)
+    if not copies:
+        return own, data
+    whole = [copy for copy in ((own, data), *copies) if _is_whole(copy[1])]
+    return max(whole or [(own, data)], key=lambda copy: len(copy[1]))
 
 
-def _read(run: Run, path: str, last: int, *, newest: bool) -> _Read:
-    """What ``path`` has beyond record ``last``; of the ``newest`` segment the end may be torn."""
+def _is_whole(data: bytes) -> bool:
+    """Whether every line is a record, and the last one complete."""
+    try:
+        for line in data.splitlines():
+            _record(line)
+    except ValueError:
+        return False
+    return data.endswith(b"\n")
+
+
+def _read(
+    run: Run, path: str, data: bytes, last: int, *, newest: bool
+) -> tuple[list[Record], DamagedError | None]:
+    """What ``data`` has beyond record ``last``, up to its damage if there is any.
+
+    Of the ``newest`` segment the end may be torn.
+    """
     records: list[Record] = []
-    lines = run.root.read_bytes(path).split(b"\n")
+    lines = data.split(b"\n")
     for number, line in enumerate(lines, 1):
         if not line:
             continue
@@ -120,18 +147,17 @@ def _read(run: Run, path: str, last: int, *, newest: bool) -> _Read:
                 "segment from a backup."
             )
             damage.__cause__ = error
-            return _Read(records, damage)
+            return records, damage
         if record.seq > last + 1:
-            damage = DamagedError(
+            return records, DamagedError(
                 f"{path} in {run.root.url} goes on with record {record.seq} at line {number}, "
                 f"but of those before it only {last} are there; restore the attempt's segments "
                 "from a backup."
             )
-            return _Read(records, damage)
         if record.seq > last:
             last = record.seq
             records.append(record)
-    return _Read(records, None)
+    return records, None
 
 
 def _record(line: bytes) -> Record:
@@ -148,12 +174,3 @@ def _record(line: bytes) -> Record:
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"value: {record.value!r:.40} is not a number") from error
     return record
-
-
-def _last_time(run: Run, path: str) -> float | None:
-    for line in reversed(run.root.read_bytes(path).split(b"\n")):
-        try:
-            return float(json.loads(line)["time"])
-        except (ValueError, KeyError, TypeError):
-            continue  # the empty end, or a torn line
-    return None

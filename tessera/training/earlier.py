@@ -17,6 +17,7 @@ from typing import Any
 from tessera.ledger.prices import PriceChange, Quote
 from tessera.ledger.traffic import DOWN_BYTES, UP_BYTES, count_bytes, traffic_usd
 from tessera.runs import Attempt, Run
+from tessera.tracking.records import copy_of, segments
 from tessera.tracking.told import HOUR, LATE, corrected, late_quote, price_changes
 
 _READERS = 8  # object stores answer slowly but many at once; a segment is at most 4 MB
@@ -46,10 +47,10 @@ def read_past(run: Run, attempts: Sequence[Attempt]) -> dict[str, Past]:
         return {}
     found: dict[str, Past] = {}
     with ThreadPoolExecutor(_READERS) as pool:
-        listed = list(pool.map(lambda a: run.root.files(run.path("journal", a.id)), billed))
-        read = [pool.map(lambda path: _told(run.root.read_bytes(path)), p) for p in listed]
-        for attempt, segments in zip(billed, read, strict=True):
-            records = {number: told for part in segments for number, told in part.items()}
+        listed = list(pool.map(lambda attempt: segments(run, attempt.id), billed))
+        read = [pool.map(lambda twins: _told(copy_of(run, twins)[1]), each) for each in listed]
+        for attempt, parts in zip(billed, read, strict=True):
+            records = {number: told for part in parts for number, told in part.items()}
             found[attempt.id] = _sum_up(attempt, [told for _, told in sorted(records.items())])
     return found
 

@@ -1,17 +1,17 @@
 """Spikes and NaNs: judged on the device at every step, read by the host when something is due.
 
 A step whose loss or gradient norm is not finite, or lies more than ``sigma`` standard deviations
-above the mean of the last ``window`` steps, is not applied: the verdict is a device scalar that the
-fused optimiser reads itself (its ``found_inf``), so the host never waits. The rule is the one of
-OLMo 2's training (OLMo et al. 2025, "skip step"): there too six deviations and a window of 128.
-Until half a window of steps has been seen only numbers that are not finite count.
+above the mean of the last ``window`` applied steps, is not applied: the verdict is a device scalar
+that the fused optimiser reads itself (its ``found_inf``), so the host never waits. The rule is the
+one of OLMo 2's training (OLMo et al. 2025, "skip step"): there too six deviations and a window of
+128. Until half a window of steps has been applied only numbers that are not finite count.
 
-Of losses the steps count that were applied: a loss that stays high means that the weights are
-spoilt, and going back helps. Of gradient norms those count whose loss was ordinary, so that one
-that stays high is taken for ordinary after a few steps: it means a steep place, which no other
-batch changes and only a step leaves, and clipping bounds that step. (Where only applied steps
-counted, a healthy run stood still at such a place for ten steps and was ended as diverged.) One
-norm counts as twice the ceiling at most, or a single wild one would hide all later ones.
+A gradient norm that stays high at an ordinary loss means a steep place: no other batch changes it,
+since a step that is not applied leaves the weights as they are, and only a step leads out. So of
+steps in a row that have nothing but that against them only the first ``PATIENCE`` are held back,
+whatever the window, and as many ordinary ones end the row; clipping bounds the others. (Without
+that a healthy run stood still at such a place for ten steps and was ended as diverged.) A loss that
+stays high means that the weights are spoilt, and no step is applied until the run goes back.
 
     step on the device        loss, norm -> judge -> found_inf -> optimiser
     at a log point, host      read -> skipped steps -> within tolerance? -> go on, or go back
@@ -29,8 +29,8 @@ from torch import Tensor
 
 from tessera.experiment import Stability
 
-CAP = 2.0
-"""Of the ceiling: as how much a gradient norm counts at most for the ceilings of later steps."""
+PATIENCE = 3
+"""Steps in a row that are held back for their gradient norms alone."""
 LEAST_SPREAD = 0.01
 """Share of the mean: a smaller standard deviation counts as this, or a flat loss would spike."""
 
@@ -64,7 +64,7 @@ class Watch:
         self._losses = torch.zeros(settings.window, device=device)
         self._norms = torch.zeros(settings.window, device=device)
         self._applied = torch.zeros((), dtype=torch.int64, device=device)
-        self._ordinary = torch.zeros((), dtype=torch.int64, device=device)
+        self._steep = torch.zeros((), dtype=torch.int64, device=device)
         self._unread: list[tuple[int, Tensor]] = []
 
     def tensors(self) -> dict[str, Tensor]:
@@ -73,7 +73,7 @@ class Watch:
             "stability.losses": self._losses,
             "stability.norms": self._norms,
             "stability.applied": self._applied,
-            "stability.ordinary": self._ordinary,
+            "stability.steep": self._steep,
         }
 
     @torch.no_grad()
@@ -82,31 +82,30 @@ class Watch:
 
         ``loss`` and ``norm`` are float32 scalars of the whole step, equal on every rank.
         """
-        finite = loss.isfinite() & norm.isfinite()
-        highest = self._ceiling(self._norms, self._ordinary)
-        ordinary = finite & (loss <= self._ceiling(self._losses, self._applied))
-        bad = ~ordinary | (norm > highest)
-        self._keep(self._losses, self._applied, loss, ~bad)
-        self._keep(self._norms, self._ordinary, torch.minimum(norm, CAP * highest), ordinary)
+        seen = torch.clamp(self._applied, max=self._settings.window)
+        mask = self._places < seen
+        enough = seen >= self._settings.window // 2
+        high = enough & (loss > self._ceiling(self._losses, mask, seen))
+        steep = enough & (norm > self._ceiling(self._norms, mask, seen))
+        spoilt = ~(loss.isfinite() & norm.isfinite()) | high
+        # A spoilt step says nothing of the place. An ordinary one counts back and does not end the
+        # row at once: norms of steep steps that were applied raise the ceiling.
+        counted = torch.where(steep, self._steep + 1, (self._steep - 1).clamp(min=0))
+        self._steep.copy_(torch.where(spoilt, self._steep, counted))
+        bad = spoilt | (steep & (self._steep <= PATIENCE))
+        here = (self._places == self._applied % self._settings.window) & ~bad
+        self._losses.copy_(torch.where(here, loss, self._losses))
+        self._norms.copy_(torch.where(here, norm, self._norms))
+        self._applied += (~bad).to(torch.int64)
         verdict = bad.to(torch.float32)
         self._unread.append((step, torch.stack((verdict, loss, norm))))
         return verdict
 
-    def _keep(self, history: Tensor, count: Tensor, value: Tensor, wanted: Tensor) -> None:
-        here = (self._places == count % self._settings.window) & wanted
-        history.copy_(torch.where(here, value, history))
-        count += wanted.to(torch.int64)
-
-    def _ceiling(self, history: Tensor, count: Tensor) -> Tensor:
-        """Infinite until half a window is known."""
-        seen = torch.clamp(count, max=self._settings.window)
-        mask = self._places < seen
+    def _ceiling(self, history: Tensor, mask: Tensor, seen: Tensor) -> Tensor:
         mean = (history * mask).sum() / seen.clamp(min=1)
         squares = ((history - mean) * mask).square().sum() / (seen - 1).clamp(min=1)
         spread = torch.maximum(squares.sqrt(), LEAST_SPREAD * mean.abs())
-        ceiling = mean + self._settings.sigma * spread
-        enough = seen >= self._settings.window // 2
-        return torch.where(enough, ceiling, torch.full_like(ceiling, math.inf))
+        return mean + self._settings.sigma * spread
 
     def read(self) -> list[Verdict]:
         """The verdicts since the last call; waits for the device."""

@@ -149,13 +149,19 @@ class RunFiles:
 
     def journal(self, attempt: str) -> list[dict[str, Any]]:
         """Every record of an attempt, in order of writing."""
-        segments: dict[str, list[dict[str, Any]]] = {}
+        segments: dict[str, list[tuple[list[dict[str, Any]], bool]]] = {}
         for key in self.keys(f"journal/{attempt}"):
             data = self.objects.read(f"{self.folder()}journal/{attempt}/{key}")
-            number, lines = key.partition(".")[0], whole_lines(data)
-            # A segment that was being written at a kill may have a twin, and one of them damage.
-            segments[number] = max(segments.get(number, []), lines, key=len)
-        return [line for number in sorted(segments) for line in segments[number]]
+            segments.setdefault(key.partition(".")[0], []).append(whole_lines(data))
+        found: list[dict[str, Any]] = []
+        for number, copies in sorted(segments.items()):
+            whole = [lines for lines, is_whole in copies if is_whole]
+            # Damage counts unless another copy is whole; or it was the first upload, the last act.
+            if not whole and (len(copies) > 1 or number != max(segments)):
+                raise ValueError(f"segment {number} of attempt {attempt} is damaged")
+            lengths = {len(lines): lines for lines in whole or [copies[0][0]]}
+            found += lengths[max(lengths)]
+        return found
 
     def weights_digest(self) -> str:
         """Of the published model."""
@@ -166,15 +172,15 @@ class RunFiles:
         return found
 
 
-def whole_lines(data: bytes) -> list[dict[str, Any]]:
-    """Records up to the first line that is none."""
+def whole_lines(data: bytes) -> tuple[list[dict[str, Any]], bool]:
+    """Records up to the first line that is none, and whether there is no such line."""
     found = []
     for line in data.splitlines():
         try:
             found.append(json.loads(line))
         except ValueError:
-            break
-    return found
+            return found, False
+    return found, True
 
 
 COMPLETE = re.compile(r"/checkpoints/step-(\d+)-\d+-[0-9a-f]+/COMPLETE$")

@@ -9,6 +9,7 @@ such tasks in tests/sky, and launches them for real in tests/lab.
 from __future__ import annotations
 
 import contextlib
+import io
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -29,7 +30,7 @@ from tessera.cloud.launch import (
     run_id_of,
 )
 from tessera.cloud.plan import make_plan
-from tessera.cloud.rent import is_labelled
+from tessera.cloud.rent import Followed, ShownLog, is_labelled
 from tessera.cloud.skypilot import TaskFile
 from tessera.cloud.speeds import shipped
 from tessera.errors import ConflictError, InputError, RetryElsewhereError
@@ -70,6 +71,7 @@ class Pretend:
     unknown: Exception | None = None
     down_fails: BaseException | None = None
     code: int = 0
+    exit_code: int | None = None
     follow_raises: BaseException | None = None
     cluster: str | None = None
     jobs: dict[int, str] = field(default_factory=dict)
@@ -108,10 +110,10 @@ class Pretend:
             raise self.fails_after_renting
         return 7 if managed else 1
 
-    def follow(self, name: str, job: int | None, managed: bool) -> int:
+    def follow(self, name: str, job: int | None, managed: bool) -> Followed:
         if self.follow_raises:
             raise self.follow_raises
-        return self.code
+        return Followed(self.code, self.exit_code)
 
     def end(self, name: str, managed: bool) -> None:
         self.ended += 1
@@ -372,6 +374,29 @@ def test_a_failed_job_ends_with_the_trainer_s_code_and_keeps_its_machine_for_a_l
     assert launch(order(), root, renter, said.append, sleep=at_once) == expected
     assert len(vast.instances) == 1
     assert f"`tessera launch --stop {NAME}` ends it now" in said[-1]
+
+
+@pytest.mark.parametrize("code", [2, 75])
+def test_the_code_that_the_log_tells_is_the_job_s(vast: PretendVast, root: Root, code: int) -> None:
+    """It may have left before an attempt of the run could say how: bad input, a refusal."""
+    renter = Pretend(vast, code=100, exit_code=code)
+    assert launch(order(), root, renter, lambda _: None, sleep=at_once) == code
+    (end,) = records(root, ".end.json")
+    assert end["reason"] == f"exit code {code}"
+
+
+def test_a_log_is_shown_at_once_and_tells_the_exit_code() -> None:
+    shown = io.StringIO()
+    log = ShownLog(shown)
+    told = [
+        "(pretrain, pid=5) ERROR: Job 9 failed with return code list: [9]\n",
+        "\x1b[0mstep 1\nERROR: \x1b[31mJob 1 failed with ", "return code list:\x1b[0m [137, 2] \n",
+    ]  # fmt: skip
+    for number, text in enumerate(told, 1):
+        assert log.exit_code is None
+        print(text, end="", file=log, flush=True)
+        assert shown.getvalue() == "".join(told[:number])
+    assert log.exit_code == 2
 
 
 def _attempt(root: Root, *, ended_at: float, exit_code: int) -> None:

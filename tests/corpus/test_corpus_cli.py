@@ -41,6 +41,26 @@ def test_build_shows_what_was_built(
     assert err == ""
 
 
+def test_a_corpus_that_is_there_is_left_as_it_is_if_told_so(
+    write_recipe: Write, root: Root, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe()
+    build = ("build", str(recipe), "--root", root.url, "--quiet")
+    assert run(*build, "--unless-built") == 0
+    (first,) = find_builds(root, "small")
+    with next(recipe.parent.glob("*.jsonl")).open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"text": "Something that was not there before."}) + "\n")
+    assert run(*build, "--unless-built") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"small is there: {first.path}"
+    assert run(*build, "--unless-built", "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["reused"], answer["manifest_path"]) == (True, first.path)
+    assert find_builds(root, "small") == [first]
+    assert run(*build, "--unless-built", "--publish") == 2
+    assert run(*build) == 0
+    assert len(find_builds(root, "small")) == 2, "other inputs are another corpus"
+
+
 def test_list(write_recipe: Write, root: Root, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("list", "--root", root.url) == 0
     assert "No corpus is built" in capsys.readouterr().out

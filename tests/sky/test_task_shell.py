@@ -207,7 +207,7 @@ def test_the_smoke_run_builds_its_corpus_first_and_stops_if_it_cannot(tmp_path: 
     machine.install_trainer('echo "$*, threads: ${OMP_NUM_THREADS:-all}"\n')
     lines = machine.do("smoke_cpu.yaml", "run").stdout.splitlines()
     assert lines == [
-        "corpus build data_manifests/sample.yaml, threads: all",
+        "corpus build data_manifests/sample.yaml --unless-built, threads: all",
         "preflight experiments/smoke.yaml, threads: all",
         "train experiments/smoke.yaml, threads: all",
     ]

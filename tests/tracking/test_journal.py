@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -578,18 +579,22 @@ def files(run: Run) -> list[str]:
     return [Path(path).name for path in run.root.files(run.path("journal", "1-aa"))]
 
 
-def test_the_open_segment_goes_to_two_places_in_turn_and_ends_in_one(far: Run) -> None:
+def sizes(run: Run) -> list[int]:
+    return [len(run.root.read_bytes(run.path("journal", "1-aa", name))) for name in files(run)]
+
+
+def test_the_open_segment_has_two_copies_written_in_turn_and_ends_as_one(far: Run) -> None:
     journal = Journal(far, "1-aa", upload_every_s=NEVER)
-    seen = []
+    newest = []
     for step in (1, 2, 3, 4):
         journal.metric("train/loss", step, step)
         journal.flush()
-        seen.append(files(far))
+        assert files(far) == ["000000.jsonl", "000000.twin.jsonl"]
+        own, twin = sizes(far)
+        newest.append("both" if own == twin else "own" if own > twin else "twin")
         assert values(far) == list(range(1, step + 1))
         assert last_record_time(far, "1-aa") == list(read_journal(far, "1-aa"))[-1].time
-    assert seen == [["000000.jsonl"], *[["000000.jsonl", "000000.twin.jsonl"]] * 3]
-    sizes = [len(far.root.read_bytes(far.path("journal", "1-aa", name))) for name in files(far)]
-    assert sizes[0] < sizes[1], "the fourth went to the twin"
+    assert newest == ["both", "own", "twin", "own"]
     journal.close()
     assert files(far) == ["000000.jsonl"]
     assert values(far) == [1, 2, 3, 4]
@@ -609,30 +614,64 @@ def test_a_full_segment_has_no_twin(far: Run, monkeypatch: pytest.MonkeyPatch) -
     assert not any("twin" in name for name in files(far))
 
 
-@pytest.mark.parametrize("flushes", [1, 2, 3])
+@pytest.mark.parametrize("flushes", range(5))
+@pytest.mark.parametrize("how", ["flush", "close", "rollover"])
+@pytest.mark.parametrize("nth", [1, 2])
 def test_killed_while_a_damaged_upload_lies_there_loses_nothing_that_was_flushed(
-    far: Run, flushes: int
+    far: Run, monkeypatch: pytest.MonkeyPatch, flushes: int, how: str, nth: int
 ) -> None:
     """The store took bytes that changed on their way, and nobody lived to see its answer."""
     journal = Journal(far, "1-aa", upload_every_s=NEVER)
     for step in range(1, flushes + 1):
         journal.metric("train/loss", step, step)
         journal.flush()
+    if how == "rollover":
+        monkeypatch.setattr(module, "SEGMENT_BYTES", 1)
     journal.metric("train/loss", flushes + 1, flushes + 1)
-    plain = far.root.publish
+    plain, uploads = far.root.publish, 0
 
     def damaged(path: str, data: bytes) -> None:
-        plain(path, data.replace(b'"seq":1}', b'"seq";1}'))
-        raise KeyboardInterrupt
+        nonlocal uploads
+        uploads += 1
+        if uploads == nth:  # the last line too is no record any more
+            plain(path, data.replace(b'"seq":', b'"seq";'))
+            raise KeyboardInterrupt
+        plain(path, data)
 
-    far.root.publish = damaged  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        journal.flush()
-    far.root.publish = plain  # type: ignore[method-assign]
-    assert values(far) == list(range(1, flushes + 1))
+    monkeypatch.setattr(far.root, "publish", damaged)
+    with suppress(KeyboardInterrupt):
+        journal.close() if how == "close" else journal.flush()
+    monkeypatch.setattr(far.root, "publish", plain)
+    found = values(far)
+    assert found[:flushes] == list(range(1, flushes + 1))
+    assert len(found) <= flushes + 1
     journal._lock_file.close()  # type: ignore[union-attr]  # what a death does
-    assert adopt(far) == ["1-aa"]
+    if uploads >= nth:
+        assert adopt(far) == ["1-aa"]
     assert values(far) == list(range(1, flushes + 2))
+
+
+@pytest.mark.parametrize("read", [values, lambda run: [last_record_time(run, "1-aa")]])
+def test_a_segment_that_is_closed_while_it_is_read_is_read(
+    far: Run, monkeypatch: pytest.MonkeyPatch, read: Callable[[Run], list[Any]]
+) -> None:
+    """Between the listing and the reading the twin goes and the segment grows."""
+    journal = Journal(far, "1-aa", upload_every_s=NEVER)
+    for step in (1, 2):
+        journal.metric("train/loss", step, step)
+        journal.flush()
+    journal.metric("train/loss", 3, 3)
+    plain = far.root.files
+
+    def closed_after(prefix: str) -> list[str]:
+        listed = plain(prefix)
+        journal.close()
+        return listed
+
+    monkeypatch.setattr(far.root, "files", closed_after)
+    found = read(far)
+    monkeypatch.setattr(far.root, "files", plain)
+    assert found == read(far)
 
 
 def test_two_damaged_twins_are_damage(far: Run) -> None:

@@ -79,7 +79,7 @@ class Engine:
         self._scales: Scales | None = None
         if float8:
             if device.type == "cuda":
-                verify(device, float8.gradients, self._gelu)
+                verify(device, float8.gradients, self._gelu, float8.stochastic_weights)
             names = (*eight.FORWARD, *eight.BACKWARD)
             dtypes = sites_of(layers, eight.FORWARD, eight.BACKWARD, float8.gradients)
             self._scales = Scales(dtypes, device)

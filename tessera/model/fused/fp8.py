@@ -58,7 +58,7 @@ def cast_dithered(x: Tensor, scale: Tensor, amax: Tensor, number: int, step: int
     ``step``: no generator's state is needed to draw it again. What is too small for e4m3's normal
     numbers (below 2^-6) is rounded to the nearest after that.
     """
-    key = _mix(_mix(number) ^ _mix(step))
+    key = _key(number, step)
     if backend.use_triton(x):
         from tessera.model.fused.kernels import fp8 as kernels
 
@@ -66,11 +66,8 @@ def cast_dithered(x: Tensor, scale: Tensor, amax: Tensor, number: int, step: int
         return Float8(
             *kernels.cast(kernels.PLAIN, x, scale, amax, torch.float8_e4m3fn, dither=signed)
         )
-    place = torch.arange(x.numel(), device=x.device).reshape(x.shape)
-    bits = (x.float() * scale).view(torch.int32).long() + (_mixed(_mixed(place) ^ key) >> 12)
-    dithered = (bits & 0xFFF00000).int().view(torch.float32)
     torch.maximum(amax, x.abs().amax().reshape(amax.shape), out=amax)
-    return _cast(dithered, torch.ones_like(scale), torch.empty_like(amax), torch.float8_e4m3fn)
+    return _cast_dithered(x.float(), scale, key)
 
 
 def cast_normed(
@@ -116,32 +113,47 @@ def cast_gelu_backward(
     return _cast(wide_gelu_backward(da, u, approximate), scale, amax, dtype)
 
 
-def verify(device: torch.device, gradients: torch.dtype, approximate: Approximate) -> None:
-    """Raise ``ValueError``, a sentence, if the compiler of this device mixes up transposed copies.
+def verify(
+    device: torch.device, gradients: torch.dtype, approximate: Approximate, dithered: bool = False
+) -> None:
+    """Raise ``ValueError``, a sentence, if the compiler of this device mixes up bytes.
 
-    Compilers have (triton-lang/triton#11111), and the loss would tell only days later. Takes the
-    casts that a step takes, with gradients in the type ``gradients``, and compares every byte.
+    Compilers have mixed up transposed copies (triton-lang/triton#11111), and the loss would tell
+    only days later. Takes the casts that a step takes, with gradients in the type ``gradients`` and
+    with ``dithered`` weights; compares every byte of each with its transpose, and where nothing but
+    a rounding lies between, with the torch form too.
     """
     M, C = 256, 192  # of the multiples for which models' kernels are compiled
     x = torch.linspace(-3.0, 3.0, M * C, device=device).reshape(M, C).sin().bfloat16()
     scale, amax = torch.full((1,), 8.0, device=device), torch.zeros(1, device=device)
     rstd, weight = torch.ones(M, device=device), torch.ones(C, device=device)
     e4m3 = torch.float8_e4m3fn
-    made = (
-        cast(x, scale, amax, e4m3),
-        cast(x.float(), scale, amax, e4m3),
+    rounded = [
+        (cast(x, scale, amax, e4m3), _cast(x.float(), scale, amax, e4m3)),
+        (cast(x.float(), scale, amax, e4m3), _cast(x.float(), scale, amax, e4m3)),
+        (cast(x, scale, amax, gradients), _cast(x.float(), scale, amax, gradients)),
+    ]
+    if dithered:
+        wide = x.float()
+        dither = cast_dithered(wide, scale, amax, 1, 1), _cast_dithered(wide, scale, _key(1, 1))
+        rounded.append(dither)
+    computed = [
         cast_normed(x, rstd, weight, scale, amax, e4m3),
         cast_gelu(x, approximate, scale, amax, e4m3),
-        cast(x, scale, amax, gradients),
         cast_gelu_backward(x, x, approximate, scale, amax, gradients),
-    )
-    for rows, columns in made:
-        if not torch.equal(columns.view(torch.int8), rows.view(torch.int8).t()):
-            raise ValueError(
-                "the float8 casts that were compiled for this GPU write wrong bytes, so precision "
-                "fp8 cannot be used with this version of Triton; set precision: bf16, or install "
-                "another PyTorch"
-            )
+    ]
+    right = all(_same_bytes(made.rows, plain.rows) for made, plain in rounded)
+    casts = [*(made for made, _ in rounded), *computed]
+    if not (right and all(_same_bytes(made.columns, made.rows.t()) for made in casts)):
+        raise ValueError(
+            "the float8 casts that were compiled for this GPU write wrong bytes, so precision fp8 "
+            "cannot be used with this version of Triton; set precision: bf16, or install another "
+            "PyTorch"
+        )
+
+
+def _same_bytes(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.view(torch.int8), other.view(torch.int8))
 
 
 def restore(x8: Tensor, scale: Tensor) -> Tensor:
@@ -168,6 +180,15 @@ def _cast(
     return Float8(rows, turned)
 
 
+def _cast_dithered(x: Tensor, scale: Tensor, key: int) -> Float8:
+    y = x * scale
+    place = torch.arange(x.numel(), device=x.device).reshape(x.shape)
+    below = _mixed(_mixed(place) ^ key) >> 12
+    up_or_down = ((y.view(torch.int32).long() + below) & 0xFFF00000).int().view(torch.float32)
+    dithered = torch.where(y == y, up_or_down, y)
+    return _cast(dithered, torch.ones_like(scale), torch.empty_like(scale), torch.float8_e4m3fn)
+
+
 _WORD = 0xFFFFFFFF
 
 
@@ -180,5 +201,16 @@ def _mixed(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
+def _key(number: int, step: int) -> int:
+    """One word from both; the order matters, so matrix 3 in step 7 is not matrix 7 in step 3."""
+    return _mix(_mix(number) + step)
+
+
 def _mix(number: int) -> int:
-    return int(_mixed(torch.tensor((number + 1) & _WORD)))  # it maps 0 to itself
+    """``_mixed`` of one number; 0 would stay 0."""
+    x = (number + 1) & _WORD
+    x ^= x >> 16
+    x = (x * 0x7FEB352D) & _WORD
+    x ^= x >> 15
+    x = (x * 0x846CA68B) & _WORD
+    return x ^ (x >> 16)

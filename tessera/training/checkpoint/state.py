@@ -58,16 +58,21 @@ def allocate_moments(
         }
 
 
+LATER = frozenset({"stability.steep"})
+"""What checkpoints did not have from the first version on, and what begins at zero then."""
+
+
 def restore_state(folder: Path, wanted: dict[str, Tensor], *, alone: bool) -> None:
     """Load the checkpoint in ``folder`` into the tensors of ``wanted``, in place.
 
-    Raises ``DamagedError`` if a tensor other than a random state is missing. With several ranks
-    (``alone`` false) all of them call this.
+    Raises ``DamagedError`` if a tensor is missing, unless it is a random state or one of
+    ``LATER``, which stays as it is. With several ranks (``alone`` false) all of them call this.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "assuming the intent is to load in a single process"
         present = FileSystemReader(folder).read_metadata().state_dict_metadata
-        missing = [n for n in wanted if n not in present and not n.startswith("random.cuda")]
+        needed = [n for n in wanted if n not in LATER and not n.startswith("random.cuda")]
+        missing = [name for name in needed if name not in present]
         if missing:
             raise DamagedError(
                 f"The checkpoint in {folder.name} lacks {len(missing)} tensors, first {missing[0]};"

@@ -179,23 +179,42 @@ def test_tiles_change_nothing(
 
 @pytest.mark.parametrize("gradients", [E4M3, E5M2])
 def test_casts_are_verified(form: str, device: torch.device, gradients: torch.dtype) -> None:
-    fp8.verify(device, gradients, "tanh")
+    fp8.verify(device, gradients, "tanh", dithered=True)
 
 
-@pytest.mark.parametrize("broken", ["cast", "cast_normed", "cast_gelu", "cast_gelu_backward"])
+CASTS = ("cast", "cast_dithered", "cast_normed", "cast_gelu", "cast_gelu_backward")
+
+
+@pytest.mark.parametrize(
+    ("broken", "both"),
+    [*((name, False) for name in CASTS), ("cast", True), ("cast_dithered", True)],
+)
 def test_a_byte_that_a_compiler_mixed_up_is_refused(
-    monkeypatch: pytest.MonkeyPatch, broken: str
+    monkeypatch: pytest.MonkeyPatch, broken: str, both: bool
 ) -> None:
+    """In the transposed copy, or of what is nothing but rounded in both alike."""
     right = getattr(fp8, broken)
 
     def wrong(*given: object) -> Float8:
         made: Float8 = right(*given)
         made.columns.view(torch.int8)[100, 200] ^= 1
+        if both:
+            made.rows.view(torch.int8)[200, 100] ^= 1
         return made
 
     monkeypatch.setattr(fp8, broken, wrong)
     with pytest.raises(ValueError, match="write wrong bytes"):
-        fp8.verify(torch.device("cpu"), E5M2, "none")
+        fp8.verify(torch.device("cpu"), E5M2, "none", dithered=True)
+
+
+def test_nan_and_infinity_show_in_dithered_casts(form: str, device: torch.device) -> None:
+    bits = torch.tensor([[0x7FFFFFFF, 0x7FC00000], [0x7F800000, -0x800000]], dtype=torch.int32)
+    x = bits.view(torch.float32).to(device)
+    for step in range(20):
+        scale, amax = scalars(device, 1.0)
+        rows = fp8.cast_dithered(x, scale, amax, 0, step).rows.float()
+        assert bool(rows[0].isnan().all())
+        assert rows[1].tolist() == [448.0, -448.0]
 
 
 _COMPILE = """
@@ -210,9 +229,9 @@ types = dict(x="*bf16", u="*bf16", rstd="*fp32", weight="*fp32", scale="*fp32", 
 types |= dict(rows="*fp8e4nv", columns="*i32", M="i32", C="i32")
 types |= dict(key="i32")
 tile = fp8.TILE
-for kind in range(4):
+for kind, dither in [(0, False), (1, False), (2, False), (3, False), (0, True)]:
     given = dict(KIND=kind, TANH=True, PTX=True, COLUMNS=True, PACK=True)
-    given |= dict(DITHER=False)
+    given |= dict(DITHER=dither)
     given |= dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, GROUP=tile.group)
     given |= {} if kind == fp8.NORMED else dict(rstd=None, weight=None)
     given |= {} if kind == fp8.GELU_BACKWARD else dict(u=None)
@@ -247,7 +266,7 @@ def test_it_compiles_for_hopper_with_wide_stores_and_no_recomputation(
     )
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert [line[0] for line in lines] == ["0", "1", "2", "3"]
+    assert [line[0] for line in lines] == ["0", "1", "2", "3", "0"]
     for _, stores, casts, permutes, compiled in lines:
         assert (int(stores), int(casts), compiled) == (8, 32, "True")
         assert int(permutes) == 32

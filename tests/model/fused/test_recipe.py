@@ -142,11 +142,14 @@ def test_a_step_is_that_of_the_roundings_the_recipe_says(
     wanted = by_autograd(emulated, torch.float64, float8_data())
     rounded_alike = take_gradients(emulated)
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-4)
+    most = 0.2 if recipe.gradients == E5M2 else 0.15
+    if recipe.stochastic_weights:
+        most *= 1.25  # to the nearest the variance of a weight's error is half of that by chance
     for name, true in truth.items():
         # In float32 a value next to the middle of two may fall to the other: 2 % of a gradient if
         # it is a large one. Another type of gradients would be 8 % or more, another block 4 %.
         assert error(gradients[name], rounded_alike[name]) < 0.03, name
-        assert error(gradients[name], true) < (0.2 if recipe.gradients == E5M2 else 0.15), name
+        assert error(gradients[name], true) < most, name
 
 
 @pytest.mark.parametrize("better", [Recipe(gradients=E4M3), Recipe(keep_first=1, keep_last=1)])

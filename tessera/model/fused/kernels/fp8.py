@@ -112,7 +112,8 @@ def _mixed(x):
 def _dithered(y, at, key):
     """Float32 ``y`` with bits of e4m3 alone, up or down by chance; `fp8.cast_dithered` says how."""
     below = _mixed(_mixed(at.to(tl.uint32)) ^ key.to(tl.uint32, bitcast=True)) >> 12
-    return ((y.to(tl.uint32, bitcast=True) + below) & 0xFFF00000).to(tl.float32, bitcast=True)
+    moved = ((y.to(tl.uint32, bitcast=True) + below) & 0xFFF00000).to(tl.float32, bitcast=True)
+    return tl.where(y == y, moved, y)  # the bits of a NaN could carry into the sign
 
 
 @triton.jit(do_not_specialize=["key"], do_not_specialize_on_alignment=["scale", "amax"])
