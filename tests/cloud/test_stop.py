@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from tessera.cli.launch import launch as command
+from tessera.cli.main import tessera
 from tessera.cloud.give_back import stop
 from tessera.cloud.rent import SkyPilot
 from tessera.errors import InputError, RetryElsewhereError
@@ -190,13 +190,13 @@ def test_the_command_says_what_it_ended(
 ) -> None:
     monkeypatch.setattr("tessera.cloud.give_back.BETWEEN_S", 0.0)
     sky.queue = [job(3)]
-    done = CliRunner().invoke(command, ["--stop", NAME], standalone_mode=False)
+    done = CliRunner().invoke(tessera, ["launch", "--stop", NAME], standalone_mode=False)
     assert done.return_value == 0
     assert done.output == (
         f"Asking SkyPilot and vast.ai about {NAME} ...\n"
         f"Gone: the managed job {NAME}. Nothing of {NAME} bills any more.\n"
     )
-    again = CliRunner().invoke(command, ["--stop", NAME], standalone_mode=False)
+    again = CliRunner().invoke(tessera, ["launch", "--stop", NAME], standalone_mode=False)
     assert isinstance(again.exception, InputError)
 
 
@@ -204,6 +204,6 @@ def test_the_command_after_ctrl_c(
     sky: MadeUpSky, vast: PretendVast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sky.controller = KeyboardInterrupt()  # type: ignore[assignment]
-    done = CliRunner().invoke(command, ["--stop", NAME], standalone_mode=False)
+    done = CliRunner().invoke(tessera, ["launch", "--stop", NAME], standalone_mode=False)
     assert done.return_value == 130
     assert "was broken off, so it may still bill" in done.output

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tessera.cli.common import run_command
-from tessera.cli.corpus import corpus
+from tessera.cli.main import tessera
 from tessera.corpus.manifest import find_builds
 from tessera.storage import Root
 
@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def run(*arguments: str) -> int:
-    return run_command(corpus, arguments)
+    return run_command(tessera, ("corpus", *arguments))
 
 
 def test_build_shows_what_was_built(
