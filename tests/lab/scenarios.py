@@ -137,8 +137,9 @@ def lost_answer(lab: Lab) -> str:
     """A machine is rented and the answer lost: both machines are named, one command ends them.
 
     vast's SDK asks again after a 502, so two carry the cluster's label, and SkyPilot's provisioner
-    waits for exactly one. Neither notices; `tessera-exp reconcile` does, once they are half an hour
-    old: here they are made an hour older.
+    wants exactly one: it waits for ever if it meets both ready, and takes the second for a worker
+    if it met the first alone. It says nothing either way; `tessera-exp reconcile` does, once they
+    are half an hour old: here they are made an hour older.
     """
     lab.vast.offers = list(OFFERS)
     root = lab.new_root("lost-answer")
@@ -148,7 +149,6 @@ def lost_answer(lab: Lab) -> str:
     )  # fmt: skip
     expect(submitted.returncode == 0, f"sky launch --async ended with {submitted.returncode}")
     wait_for(lambda: len(lab.rented("lost-answer")) == 2, "the SDK asks a second time", seconds=120)
-    wait_for(lambda: "ready: (2/1)" in lab.sky.provision_log(), "SkyPilot waits", seconds=120)
     for row in lab.rented("lost-answer").values():
         row["start_date"] -= 3600
     code, found = lab.reconcile(root)
@@ -184,8 +184,8 @@ def launched(lab: Lab) -> str:
     done = lab.sky.run(*_LAUNCH, "--run-id", "launched", timeout=600)
     expect(done.returncode == 0, f"tessera launch ended with {done.returncode}")
     expect_no_secret(lab, done.stdout)
-    last = done.stdout.rstrip().splitlines()[-1]
-    expect(last == "Done, and launched is gone: nothing of it bills any more.", f"it said: {last}")
+    gone = "Done, and launched is gone: nothing of it bills any more."
+    expect(gone in done.stdout, f"it did not say: {gone}")
     expect(not lab.rented("launched"), "a machine of it is still there")
     (run,) = (row for row in lab.listed(lab.root) if row["run_id"] == "launched")
     expect(run["status"] == "finished", f"the run is {run['status']}")

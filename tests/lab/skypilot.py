@@ -132,11 +132,6 @@ class SkyPilot:
         rows, _ = json.JSONDecoder().raw_decode(asked.stdout, asked.stdout.index("["))
         return rows
 
-    def provision_log(self) -> str:
-        """Of the newest launch."""
-        found = sorted((self.home / "sky_logs").glob("sky-*/provision.log"))
-        return found[-1].read_text() if found else ""
-
 
 def _plain(text: str) -> str:
     """Without colours, which SkyPilot prints in spite of NO_COLOR."""
