@@ -155,7 +155,7 @@ def lost_answer(lab: Lab) -> str:
     expect(code == 3, f"tessera-exp reconcile ended with {code}")
     for id in lab.rented("lost-answer"):  # noqa: A001
         expect(f"vastai destroy instance {id}" in found, f"instance {id} is not named: {found}")
-    down = lab.sky.run("sky", "down", "-y", "lost")
+    down = lab.sky.run("sky", "down", "-y", "lost-answer")
     expect(down.returncode == 0, f"sky down ended with {down.returncode}")
     wait_for(lambda: not lab.rented("lost-answer"), "sky down ends both machines", seconds=60)
     return "rented twice; tessera-exp reconcile names both machines, sky down ends both"
