@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from tests.services import debian
 from tests.services.proxied import CHECKOUT
 
 LAB = CHECKOUT / ".lab"
@@ -35,7 +36,6 @@ _DEBIAN = {
     "git": "git",
 }
 """Program -> its Debian package: what the lab runs, and what SkyPilot expects in an instance."""
-_POLICY = Path("/usr/sbin/policy-rc.d")  # Debian asks it before a new package starts a service
 _CPU_TORCH = "https://download.pytorch.org/whl/cpu"
 # SkyPilot's own words of what it installs in an instance (sky/skylet/constants.py).
 _RUNTIME = ("setuptools<70", "click<8.3.0", "ray[default]==2.9.3", "pydantic-core==2.41.1")
@@ -93,23 +93,11 @@ def _key() -> str:
 
 
 def _install_packages() -> None:
-    path = os.environ["PATH"] + ":/usr/sbin:/sbin"
-    missing = [package for name, package in _DEBIAN.items() if not shutil.which(name, path=path)]
-    if not missing:
-        return
-    _say(f"installing {' '.join(missing)}")
-    ours = not _POLICY.exists()
-    if ours:  # the lab starts an sshd of its own in each instance; this machine needs none
-        _POLICY.write_text("#!/bin/sh\nexit 101\n")
-        _POLICY.chmod(0o755)
-    try:
-        _run("apt-get", "update", "-qq")
-        wanted = ["apt-get", "install", "-qq", "-y", "--no-install-recommends", *missing]
-        _run(*wanted)
-    finally:
-        if ours:
-            _POLICY.unlink()
-    if "openssh-server" in missing and Path("/run/systemd/system").exists():
+    missing = debian.missing(_DEBIAN)
+    if missing:
+        _say(f"installing {' '.join(missing)}")
+    # The lab starts an sshd of its own in each instance; this machine needs none.
+    if "openssh-server" in debian.install(_DEBIAN) and Path("/run/systemd/system").exists():
         _run("systemctl", "disable", "--quiet", "ssh")
 
 
