@@ -104,6 +104,11 @@ class Root:
         found = self.store.files(_checked(prefix))
         return sorted(name for name in found if TEMPORARY not in name)
 
+    def stamps(self, prefix: str) -> dict[str, str]:
+        """``files``, each with a text that is another one after the object was written again."""
+        found = self.store.stamps(_checked(prefix))
+        return {name: found[name] for name in sorted(found) if TEMPORARY not in name}
+
     def children(self, prefix: str) -> list[str]:
         """Names of the direct children of the folder ``prefix``, sorted; empty if there is none."""
         found = self.store.children(_checked(prefix))

@@ -22,7 +22,7 @@ from __future__ import annotations
 import base64
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -110,23 +110,40 @@ class S3Store(S3Requests):
         """Paths of the direct children of a folder; empty if there is none."""
         return self._list(prefix, "/", None)
 
+    def stamps(self, prefix: str) -> dict[str, str]:
+        """``files``, each with its ETag, its time, and its size."""
+        found = {
+            item["Key"][
+                len(self._prefix) :
+            ]: f"{item['ETag']} {item['LastModified']} {item['Size']}"
+            for page in self._pages(prefix, "", None)
+            for item in page.get("Contents", [])
+        }
+        return {path: stamp for path, stamp in found.items() if not path.endswith("/")}
+
     def _list(self, prefix: str, delimiter: str, most: int | None) -> list[str]:
-        """Paths below a folder, page by page, each page tried again by itself."""
+        """Paths below a folder."""
+        found: list[str] = []
+        for page in self._pages(prefix, delimiter, most):
+            found += [item["Key"] for item in page.get("Contents", [])]
+            found += [item["Prefix"].rstrip("/") for item in page.get("CommonPrefixes", [])]
+        # Keys that end in a slash are how consoles draw empty folders.
+        return [name[len(self._prefix) :] for name in found if most or not name.endswith("/")]
+
+    def _pages(self, prefix: str, delimiter: str, most: int | None) -> Iterator[dict[str, Any]]:
+        """A listing page by page, each page tried again by itself."""
         key = self._key(prefix)
         query: dict[str, Any] = {"Prefix": f"{key.rstrip('/')}/" if key else ""}
         query |= {"Delimiter": delimiter} if delimiter else {}
         query |= {"MaxKeys": most} if most else {}
-        budget, found = self._caller.budget(), []
+        budget = self._caller.budget()
         while True:
             # An empty body parses as an empty page; only a real one says whether it is the last.
             page = self._request(prefix, "list_objects_v2", "IsTruncated", budget, **query)
-            found += [item["Key"] for item in page.get("Contents", [])]
-            found += [item["Prefix"].rstrip("/") for item in page.get("CommonPrefixes", [])]
+            yield page
             if most or not page["IsTruncated"]:
                 break
             query["ContinuationToken"] = page["NextContinuationToken"]
-        # Keys that end in a slash are how consoles draw empty folders.
-        return [name[len(self._prefix) :] for name in found if most or not name.endswith("/")]
 
     def _receive(self, path: str, target: Target, budget: Budget, *, large: bool = False) -> None:
         """Download, and again if the ETag does not prove what came; accept two that agree."""

@@ -21,6 +21,19 @@ from tessera.storage.retry import Caller
 DOWNLOADS = 3
 """How often a file is fetched that arrives damaged every time."""
 
+_STAMP = (
+    "size",
+    "mtime",
+    "ino",
+    "created",
+    "LastModified",
+    "last_modified",
+    "ETag",
+    "etag",
+    "md5Hash",
+)
+"""What fsspec's stores tell of an object that changes with it; each tells some of them."""
+
 Progress = Callable[[int], None]
 
 
@@ -41,6 +54,9 @@ class Store(Protocol):
 
     def children(self, prefix: str) -> list[str]:
         """Names or paths of the direct children of a folder; empty if there is none."""
+
+    def stamps(self, prefix: str) -> dict[str, str]:
+        """``files``, each with a text that is another one after the object was written again."""
 
     def fetch(self, path: str, local: Path, check: Callable[[], None] | None) -> None:
         """Download to ``local``; ``check`` raises ``MismatchError`` if it must be done again.
@@ -104,22 +120,32 @@ class FsspecStore:
 
     def files(self, prefix: str) -> list[str]:
         """Paths of all objects at or below a folder, in any order; empty if there is none."""
+        return [self._relative(info["name"]) for info in self._infos(prefix)]
 
-        def look() -> list[str]:
+    def stamps(self, prefix: str) -> dict[str, str]:
+        """``files``, each with its size, times and, where the store has one, its ETag."""
+        found = self._infos(prefix)
+        return {
+            self._relative(i["name"]): ":".join(str(i.get(k, "")) for k in _STAMP) for i in found
+        }
+
+    def _infos(self, prefix: str) -> list[dict[str, Any]]:
+        def look() -> list[dict[str, Any]]:
             try:
                 if self.fs.async_impl:  # object stores list a whole prefix at once
-                    return list(self.fs.find(self._full(prefix), withdirs=False))
+                    found = self.fs.find(self._full(prefix), withdirs=False, detail=True)
+                    return list(found.values())
                 return list(self._walk(self._full(prefix)))
             except FileNotFoundError:
                 return []
 
-        return [self._relative(name) for name in self._caller.call(prefix, look)]
+        return self._caller.call(prefix, look)
 
-    def _walk(self, folder: str) -> Iterator[str]:
+    def _walk(self, folder: str) -> Iterator[dict[str, Any]]:
         """All files below ``folder``; fsspec's own walk takes a folder it cannot read for empty."""
         for info in self.fs.ls(folder, detail=True):
             if info["type"] != "directory":
-                yield info["name"]
+                yield info
             elif info["name"] != folder:
                 try:
                     yield from self._walk(info["name"])

@@ -95,6 +95,19 @@ def test_a_tree_is_deleted_whole_and_twice_is_no_error(root: Root) -> None:
     assert not root.exists("runs/a")
 
 
+def test_a_stamp_is_another_one_once_its_object_is_written_again(root: Root) -> None:
+    root.publish("runs/a/1.json", b"1")
+    root.publish("runs/ab/3.json", b"3")
+    before = root.stamps("runs")
+    assert list(before) == root.files("runs") == ["runs/a/1.json", "runs/ab/3.json"]
+    assert root.stamps("runs") == before
+    root.publish("runs/a/1.json", b"2")  # of the same size
+    after = root.stamps("runs")
+    assert after["runs/ab/3.json"] == before["runs/ab/3.json"]
+    assert after["runs/a/1.json"] != before["runs/a/1.json"]
+    assert root.stamps("nothing") == {}
+
+
 def test_files_go_up_and_come_down(root: Root, tmp_path: Path) -> None:
     data = os.urandom(3 << 20)
     (tmp_path / "up.bin").write_bytes(data)
