@@ -185,22 +185,38 @@ def read_history(run: Run, *, now: float | None = None, records: bool = True) ->
     for attempt in run.attempts():
         ending = endings.get(attempt.id)
         lines = tuple(read_journal(run, attempt.id)) if records else ()
-        said = ending.records if ending else None
-        if records and said is not None and len(lines) < said:
-            raise DamagedError(
-                f"Attempt {attempt.id} of run {run.id} has {len(lines)} of {said} records in "
-                f"{run.root.url}; restore its journal from a backup."
-            )
-        if lines:
-            last = max(line.time for line in lines)
-        elif ending is None and not records:
-            last = last_record_time(run, attempt.id) or attempt.started_at
-        else:
-            last = attempt.started_at
-        alive = ending is None and now - last < ALIVE_S
-        ended_at = ending.ended_at if ending else last
-        attempts.append(AttemptHistory(_as_told(attempt, lines), ending, lines, ended_at, alive))
+        last = max((line.time for line in lines), default=None)
+        if ending is None and not records:
+            last = last_record_time(run, attempt.id)
+        count = len(lines) if records else None
+        attempts.append(assemble(run, attempt, ending, lines, count, last, now))
     return RunHistory(run, lineage, tuple(attempts))
+
+
+def assemble(
+    run: Run,
+    attempt: Attempt,
+    ending: Ending | None,
+    lines: tuple[Record, ...],
+    count: int | None,
+    last: float | None,
+    now: float,
+) -> AttemptHistory:
+    """One attempt from its records.
+
+    ``count`` is how many are in the root (None: not looked at), ``last`` when the latest of them
+    was written, ``now`` decides whether it is alive (all in seconds since the epoch).
+    """
+    said = ending.records if ending else None
+    if count is not None and said is not None and count < said:
+        raise DamagedError(
+            f"Attempt {attempt.id} of run {run.id} has {count} of {said} records in "
+            f"{run.root.url}; restore its journal from a backup."
+        )
+    last = attempt.started_at if last is None else last
+    alive = ending is None and now - last < ALIVE_S
+    ended_at = ending.ended_at if ending else last
+    return AttemptHistory(_as_told(attempt, lines), ending, lines, ended_at, alive)
 
 
 def _as_told(attempt: Attempt, lines: Iterable[Record]) -> Attempt:
@@ -233,7 +249,7 @@ def read_histories(root: Root, *, now: float | None = None) -> Histories:
     """Every run of the root; one that is damaged does not hide the others."""
     runs, damaged = scan_runs(root)
     with ThreadPoolExecutor(_READERS) as pool:
-        read = list(pool.map(lambda run: _try_history(run, now), runs))
+        read = list(pool.map(lambda run: try_history(run, now), runs))
     damaged |= {run.id: error for run, (_, error) in zip(runs, read, strict=True) if error}
     found = [(history, error) for history, error in read if history is not None]
     invoices = read_invoices(root)
@@ -246,14 +262,14 @@ def read_histories(root: Root, *, now: float | None = None) -> Histories:
     )
 
 
-def _try_history(
+def try_history(
     run: Run, now: float | None, *, records: bool = True
 ) -> tuple[RunHistory | None, DamagedError | None]:
     """The run's history, without records where they are damaged, and what is wrong with it."""
     try:
         return read_history(run, now=now, records=records), None
     except DamagedError as error:
-        return (_try_history(run, now, records=False)[0] if records else None), error
+        return (try_history(run, now, records=False)[0] if records else None), error
 
 
 def read_with_neighbours(
@@ -268,11 +284,11 @@ def read_with_neighbours(
     here = {(attempt.provider, attempt.instance) for attempt in run.attempts()}
 
     def read(other: Run) -> RunHistory | None:
-        history = _try_history(other, now, records=False)[0]
+        history = try_history(other, now, records=False)[0]
         places = (
             {(i.attempt.provider, i.attempt.instance) for i in history.attempts} if history else {}
         )
-        return _try_history(other, now)[0] if here.intersection(places) else history
+        return try_history(other, now)[0] if here.intersection(places) else history
 
     with ThreadPoolExecutor(_READERS) as pool:
         neighbours = pool.map(read, others)

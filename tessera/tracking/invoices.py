@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -28,13 +29,18 @@ class Invoices:
 
 def read_invoices(root: Root) -> Invoices:
     """All of a root; empty where nothing was ever reconciled."""
+    return parse_invoices(root, {path: root.read_bytes(path) for path in root.files(FOLDER)})
+
+
+def parse_invoices(root: Root, contents: Mapping[str, bytes]) -> Invoices:
+    """Invoices from their bytes, by path in the root."""
     found: dict[tuple[str, str], Invoice] = {}
     damaged: dict[str, DamagedError] = {}
-    for path in root.files(FOLDER):
+    for path, data in contents.items():
         try:
-            invoice = _INVOICE.validate_python(root.read_json(path))
+            invoice = _INVOICE.validate_python(json.loads(data))
             found[invoice.provider, invoice.instance] = invoice
-        except (ValidationError, DamagedError) as error:
+        except ValueError as error:  # a ValidationError is one too
             why = what_is_wrong(error) if isinstance(error, ValidationError) else "it is no JSON"
             damaged[path] = DamagedError(
                 f"{path} in {root.url} is not an invoice that this version of tessera writes "

@@ -29,6 +29,7 @@ from tessera.runs import (
     Run,
 )
 from tessera.storage import Root
+from tessera.tracking.condense import BUDGET_PLANNED
 from tessera.tracking.history import (
     ALIVE_S,
     SURE_PRICES,
@@ -41,14 +42,14 @@ from tessera.tracking.history import (
     read_histories,
     read_with_neighbours,
 )
+from tessera.tracking.index import read_indexed
 from tessera.tracking.invoices import read_invoices
+from tessera.tracking.memory import Memory
 from tessera.tracking.records import Record
 
 Status = Literal["finished", "budget", "running", "died", "failed", "diverged", "preempted"]
 STATUSES: tuple[Status, ...] = get_args(Status)
 TRAFFIC = "traffic"
-BUDGET_PLANNED = "budget/planned"
-"""The journal event with which a run that a budget ends says where its end is."""
 _BY_OUTCOME: dict[str, Status] = {
     FINISHED: "finished", BUDGET: "budget", DIVERGED: "diverged",
     PREEMPTED: "preempted", FAILED: "failed", ROLLED_BACK: "died",
@@ -68,7 +69,8 @@ class RunSummary:
     ``traffic_bytes`` that were sent to the root and the ``traffic_down_bytes`` that came from it
     (known even where the machine's price is not). ``usd_per_mtok`` is dollars per million tokens.
     ``wall_s`` adds up the attempts from start to end, ``seconds`` files what was billed by
-    category. ``tokens_per_s`` counts the lineage's tokens over its seconds of training and waiting
+    category. ``metrics`` are the lineage's furthest values of everything else that was measured.
+    ``tokens_per_s`` counts the lineage's tokens over its seconds of training and waiting
     for data. ``step`` is covered by a checkpoint or the end, ``live_step`` is beyond it. Times are
     seconds since the epoch; ``ended_at`` is None while the run is running.
     """
@@ -104,6 +106,7 @@ class RunSummary:
     price_sources: tuple[str, ...]
     devices: tuple[str, ...]
     seconds: dict[str, float]
+    metrics: dict[str, float]
 
 
 def summarise(root: Root, *, now: float | None = None) -> list[RunSummary]:
@@ -118,10 +121,16 @@ def summarise(root: Root, *, now: float | None = None) -> list[RunSummary]:
 
 
 def summarise_whole(
-    root: Root, *, now: float | None = None
+    root: Root, *, now: float | None = None, memory: Memory | None = None, fresh: bool = False
 ) -> tuple[list[RunSummary], dict[str, DamagedError]]:
-    """Every run that can be read, oldest first, and what is wrong with the others, by run id."""
-    read = read_histories(root, now=now)
+    """Every run that can be read, oldest first, and what is wrong with the others, by run id.
+
+    With a ``memory`` only what changed since it was last asked is read (all of it if ``fresh``).
+    """
+    if memory is None:
+        read = read_histories(root, now=now)
+    else:
+        read = read_indexed(root, memory, now=now, fresh=fresh)
     return [summarise_history(history, read.bills, now=now) for history in read.whole], read.damaged
 
 
@@ -185,6 +194,7 @@ def summarise_history(
         price_sources=tuple(dict.fromkeys(sources)),
         devices=tuple(dict.fromkeys(item.attempt.device for item in history.attempts)),
         seconds=seconds,
+        metrics=_furthest(points),
     )
 
 
@@ -220,6 +230,15 @@ def _sum(figures: Iterable[float | None]) -> float | None:
             return None
         total += figure
     return total
+
+
+def _furthest(points: Sequence[Record]) -> dict[str, float]:
+    """Of each metric the value at its furthest step."""
+    found: dict[str, Record] = {}
+    for point in points:
+        if point.key not in found or point.step > found[point.key].step:
+            found[point.key] = point
+    return {key: found[key].number for key in sorted(found)}
 
 
 def _losses(kind: str, points: Sequence[Record]) -> tuple[list[float], float | None]:

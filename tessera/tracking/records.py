@@ -70,13 +70,18 @@ def read_journal(run: Run, attempt: str) -> Iterator[Record]:
     last = 0
     found = segments(run, attempt)
     for twins in found:
-        newest = twins is found[-1]
-        path, data = copy_of(run, twins)
-        records, damage = _read(run, path, data, last, newest=newest)
-        if damage is not None and not (newest and len(twins) == 1 and not run.root.is_local):
-            raise damage
+        records = read_segment(run, twins, last, newest=twins is found[-1])
         yield from records
         last = records[-1].seq if records else last
+
+
+def read_segment(run: Run, twins: Sequence[str], last: int, *, newest: bool) -> list[Record]:
+    """The records of one segment beyond record ``last``; ``read_journal`` says what is damage."""
+    path, data = copy_of(run, twins)
+    records, damage = _read(run, path, data, last, newest=newest)
+    if damage is not None and not (newest and len(twins) == 1 and not run.root.is_local):
+        raise damage
+    return records
 
 
 def last_record_time(run: Run, attempt: str) -> float | None:
