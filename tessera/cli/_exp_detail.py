@@ -12,6 +12,7 @@ from tessera.promotion.records import holders, read_promotions
 from tessera.promotion.registry import interviews_of
 from tessera.runs import Run, read_text
 from tessera.storage import Root
+from tessera.tracking.annotations import Annotated, read_annotations
 from tessera.tracking.checkpoints import summarise_checkpoints
 from tessera.tracking.history import RunHistory, bill_all, read_with_neighbours
 from tessera.tracking.invoices import read_invoices
@@ -53,6 +54,7 @@ def detail_of(root: Root, run: Run) -> Detail:
             for point in history.points
             if point.key == "eval/loss"
         ],
+        "annotations": asdict(Annotated.of(read_annotations(root, run.id))),
         "adapters": _adapters(root, run, history),
     }
     return Detail(summarise_history(history, bills), rest)

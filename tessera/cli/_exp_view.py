@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
@@ -19,82 +18,34 @@ from rich.table import Table
 
 from tessera.cli._exp_detail import Detail
 from tessera.cli._exp_events import worded
+from tessera.cli._exp_figures import count, dollars, duration, loss, plural
+from tessera.cli._exp_table import reference, step
 from tessera.ledger.invoices import CATALOG
 from tessera.ledger.traffic import size
+from tessera.tracking.choose import Listed
 from tessera.tracking.queries import TRAFFIC, RunSummary
 
 _LINE_EVERY_S = 5.0
 _LOG_WIDTH = 240  # cut to 80 columns in a log, figures would be lost
-# Never out: what it is, what it reached, against what, for how much.
-_FIRST_TO_GO = ("base", "step", "best", "kind", "$/Mtok", "tok/s", "tokens", "status", "wall")
 _EVENTS_SHOWN = 20
-_LEFT = frozenset({"run", "kind", "status", "base"})
-
-
-def show_list(rows: Sequence[RunSummary], aliases: Mapping[str, Mapping[str, str]]) -> None:
-    """One row a run; on a narrow terminal the less important columns are left out and named."""
-    console = new_console()
-    cells = [_cells(row, aliases.get(row.run_id, {})) for row in rows]
-    names = list(cells[0])
-    hidden = []
-    for name in _FIRST_TO_GO:
-        width = sum(max(cell_len(name), *(cell_len(c[name]) for c in cells)) + 2 for name in names)
-        if width <= console.width:
-            break
-        names.remove(name)
-        hidden.append(name)
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in names:
-        table.add_column(
-            name,
-            justify="left" if name in _LEFT else "right",
-            no_wrap=name != "run",
-            overflow="fold" if name == "run" else "ellipsis",
-        )
-    for line in cells:
-        table.add_row(*(escape(line[name]) for name in names))
-    console.print(table)
-    if hidden:
-        console.print(f"Left out for want of width: {', '.join(hidden)} (all of it: --json).")
-
-
-def _cells(row: RunSummary, aliases: Mapping[str, str]) -> dict[str, str]:
-    stars = "".join(f" ★ {adapter} {alias}" for alias, adapter in sorted(aliases.items()))
-    step = count(row.step if row.live_step is None else row.live_step)
-    step += "" if row.total_steps is None else f"/{count(row.total_steps)}"
-    reference = "-"
-    if row.base_loss is not None:
-        reference = f"base {loss(row.base_loss)}"
-    elif row.unigram_entropy is not None:
-        reference = f"unigram {loss(row.unigram_entropy)}"
-    return {
-        "run": row.run_id + stars,
-        "kind": row.kind,
-        "status": row.status,
-        "step": step if row.live_step is None else f"{step} live",
-        "tokens": "-" if row.tokens is None else short(row.tokens),
-        "final": loss(row.final_loss),
-        "best": loss(row.best_loss),
-        "reference": reference,
-        "cost": dollars(row.cost_usd, row.cost_estimated),
-        "$/Mtok": dollars(row.usd_per_mtok, row.cost_estimated),
-        "wall": duration(row.wall_s),
-        "tok/s": "-" if row.tokens_per_s is None else f"{row.tokens_per_s:,.0f}",
-        "base": row.base or "-",
-    }
 
 
 def show_detail(detail: Detail) -> None:
     """Everything about one run, in blocks."""
     console, row, rest = new_console(), detail.summary, detail.rest
     console.print(f"[bold]{escape(row.run_id)}[/bold]  {row.kind}, {row.status}")
-    reference = _cells(row, {})["reference"]
+    if detail.rest["annotations"]["archived"]:
+        console.print("  archived: tessera-exp list --archived shows it")
+    if note := detail.rest["annotations"]["note"]:
+        console.print(f"  [italic]{escape(note)}[/italic]")
+    listed = Listed(row)
     _pairs(
         console,
         {
-            "step": _cells(row, {})["step"],
+            "step": step(listed),
             "tokens": count(row.tokens),
-            "loss": f"final {loss(row.final_loss)}, best {loss(row.best_loss)}, {reference}",
+            "loss": f"final {loss(row.final_loss)}, best {loss(row.best_loss)}, "
+            f"{reference(listed)}",
             "cost": _cost(row),
             **_billed(row, rest),
             "checkpoints": _checkpoints(row, rest["checkpoints"]),
@@ -103,6 +54,7 @@ def show_detail(detail: Detail) -> None:
             "base": row.base or "-",
             "data": f"{rest['fingerprint'][:12]}",
             "commit": rest["commit"] or "-",
+            **_tags(rest["annotations"]["tags"]),
         },
     )
     show_table(
@@ -139,6 +91,11 @@ def show_detail(detail: Detail) -> None:
     )
     console.print("[bold]settings[/bold]")
     _pairs(console, dict(_flat(rest["experiment"])))
+
+
+def _tags(tags: Mapping[str, str]) -> dict[str, str]:
+    found = ", ".join(key if value == "" else f"{key}={value}" for key, value in tags.items())
+    return {"tags": found} if found else {}
 
 
 def _cost(row: RunSummary) -> str:
@@ -290,47 +247,3 @@ def sync_progress() -> Iterator[Callable[[int, int, str], None]]:
             bars.update(task, description=f"syncing {run_id}", completed=done, total=total)
 
         yield show
-
-
-# -- one figure ------------------------------------------------------------------------------------
-
-
-def loss(value: float | None) -> str:
-    """Nats a token, four decimals."""
-    return "-" if value is None else f"{value:.4f}"
-
-
-def dollars(value: float | None, estimated: bool) -> str:
-    """Dollars with cents, more digits for a smaller sum; "~" where an estimate is in it."""
-    if value is None:
-        return "?"
-    shown = f"{value:,.2f}" if value >= 1 else f"{value:.4f}" if value >= 0.001 else f"{value:.6f}"
-    return f"{'~' if estimated else ''}${shown}"
-
-
-def duration(seconds: float) -> str:
-    """Such as ``41 s``, ``12 min 05 s``, ``7 h 31 min``."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600:,} h {whole % 3600 // 60:02d} min"
-
-
-def plural(number: int, noun: str) -> str:
-    """``1 run``, ``2 runs``."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def count(value: int | None) -> str:
-    """A whole number with commas."""
-    return "-" if value is None else f"{value:,}"
-
-
-def short(value: float) -> str:
-    """Such as ``950``, ``1.6M``, ``20.0B``."""
-    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= unit:
-            return f"{value / unit:.1f}{letter}"
-    return f"{value:.0f}"

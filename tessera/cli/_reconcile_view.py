@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from tessera.cli._exp_view import dollars, new_console, plural, show_table
+from tessera.cli._exp_figures import dollars, plural
+from tessera.cli._exp_view import new_console, show_table
 from tessera.cli._reconcile import Line, Reconciled
 from tessera.ledger.invoices import CATALOG
 

@@ -9,6 +9,7 @@ from tessera.cloud.refusals import Refusal, scan_refusals
 from tessera.errors import DamagedError
 from tessera.runs import scan_runs
 from tessera.storage import Root
+from tessera.tracking.history import Histories
 from tessera.tracking.invoices import read_invoices
 
 Place = tuple[str, str]
@@ -38,17 +39,18 @@ def estimate(refusal: Refusal) -> float | None:
     return refusal.usd_per_hour * max(0.0, refusal.at - refusal.billed_from) / 3600
 
 
-def refused_machines(root: Root) -> Refused | None:
+def refused_machines(root: Root, read: Histories | None = None) -> Refused | None:
     """What refused machines cost, by their invoices where there are; None if there were none.
 
-    Dollars of an instance that a run was on as well are that run's.
+    Dollars of an instance that a run was on as well are that run's. ``read`` is what the root was
+    found to hold, if that was looked at already.
     """
     latest = {(refusal.provider, refusal.instance): refusal for refusal in scan_refusals(root)}
-    for place in _used(root) if latest else ():
+    for place in _used(root, read) if latest else ():
         latest.pop(place, None)
     if not latest:
         return None
-    invoices = read_invoices(root).found
+    invoices = read_invoices(root).found if read is None else read.invoices
     total, guessed, unknown = 0.0, False, 0
     for place, refusal in latest.items():
         invoice = invoices.get(place)
@@ -60,8 +62,11 @@ def refused_machines(root: Root) -> Refused | None:
     return Refused(len(latest), total, guessed, unknown)
 
 
-def _used(root: Root) -> set[Place]:
+def _used(root: Root, read: Histories | None) -> set[Place]:
     """Every instance that a run was on; damaged runs are named elsewhere."""
+    if read is not None:
+        histories = [*read.whole, *read.billable]
+        return {(i.attempt.provider, i.attempt.instance) for h in histories for i in h.attempts}
     found: set[Place] = set()
     for run in scan_runs(root)[0]:
         try:

@@ -59,6 +59,26 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
 
 
+def plain(value: Any) -> Any:
+    """JSON values of figures: NaN and infinities, which JSON lacks, become null."""
+    if isinstance(value, float):
+        return value if value - value == 0 else None
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    return value
+
+
+def tell_damaged(sentences: Sequence[str]) -> int:
+    """A line on stderr for each thing that is damaged; returns the exit code."""
+    from tessera.errors import DamagedError
+
+    for sentence in sentences:
+        click.echo(f"Error: {sentence}", err=True)
+    return DamagedError.exit_code if sentences else 0
+
+
 def epilog(*examples: str) -> str:
     """The examples at the end of a ``--help``, kept line by line."""
     return "\b\nExamples:\n" + "\n".join(f"  {example}" for example in examples)

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
 
 import click
 
 from tessera import __version__
+from tessera.cli import exp_compare, exp_list, exp_notes
 from tessera.cli.common import (
     epilog,
     json_option,
     place_named,
+    plain,
     print_json,
     root_option,
     run_command,
+    tell_damaged,
 )
-
-if TYPE_CHECKING:
-    from tessera.storage import Root
-
-SORT_KEYS = (
-    "created_at", "run_id", "status", "tokens", "final_loss", "best_loss", "cost_usd",
-    "usd_per_mtok", "wall_s", "tokens_per_s",
-)  # fmt: skip
-_SHORT = {"created": "created_at", "name": "run_id", "loss": "best_loss", "cost": "cost_usd"}
 
 _tracking_option = click.option(
     "--tracking-uri",
@@ -48,81 +40,8 @@ def exp() -> None:
     """Compare runs by loss, dollars and time; sync them into MLflow; promote an adapter."""
 
 
-@exp.command(
-    "list",
-    epilog=epilog(
-        "tessera-exp list",
-        "tessera-exp list --kind sft --sort best_loss",
-        "tessera-exp list --json | jq '.[].cost_usd'",
-    ),
-)
-@root_option
-@click.option(
-    "--sort",
-    "sort_key",
-    type=click.Choice([*SORT_KEYS, *_SHORT]),
-    default="created_at",
-    show_default=True,
-    help="Smallest first; unknown last.",
-)
-@click.option("--kind", type=click.Choice(["pretrain", "sft"]), help="Only runs of this kind.")
-@json_option
-def list_(root: str, sort_key: str, kind: str | None, as_json: bool) -> int:
-    """One row a run: losses, dollars, time; a star marks what carries an alias.
-
-    Losses are nats a token of the surviving lineage; "~" marks dollars that rest on an estimate.
-    Damaged runs are left out and named on stderr (exit 2).
-    """
-    from tessera.promotion.records import holders, read_promotions
-    from tessera.storage import open_root
-    from tessera.tracking.queries import summarise_whole
-
-    store = open_root(root)
-    found, damaged = summarise_whole(store)
-    rows = [row for row in found if kind in (None, row.kind)]
-    key = _SHORT.get(sort_key, sort_key)
-    rows.sort(key=lambda row: _sortable(getattr(row, key)))
-    aliases: dict[str, dict[str, str]] = {}
-    for alias, promotion in holders(read_promotions(store)).items():
-        aliases.setdefault(promotion.run_id, {})[alias] = promotion.adapter
-    if as_json:
-        print_json([plain(asdict(row)) | {"aliases": aliases.get(row.run_id, {})} for row in rows])
-    elif rows:
-        from tessera.cli._exp_view import show_list
-
-        show_list(rows, aliases)
-        _tell_refused(store)
-    elif not damaged:
-        what = f"{kind} runs" if kind else "runs"
-        if store.is_absent():
-            where = f"{place_named(store)}; correct --root or TESSERA_ROOT, or"
-        else:
-            where = f"{store.url} yet;"
-        click.echo(f"No {what} in {where} start one with `tessera train`.")
-    return _tell_damaged([str(error) for error in damaged.values()])
-
-
-def _tell_refused(root: Root) -> None:
-    """A line about machines that cost money and carried no run."""
-    from tessera.cli._exp_view import dollars, plural
-    from tessera.cli._refused import refused_machines
-
-    found = refused_machines(root)
-    if found is not None:
-        unpriced = f", {found.unknown} without a price" if found.unknown else ""
-        click.echo(
-            f"Not in these: {plural(found.machines, 'refused machine')}, "
-            f"{dollars(found.usd, found.estimated)}{unpriced}."
-        )
-
-
-def _tell_damaged(sentences: Sequence[str]) -> int:
-    """A line on stderr for each damaged run; returns the exit code."""
-    from tessera.errors import DamagedError
-
-    for sentence in sentences:
-        click.echo(f"Error: {sentence}", err=True)
-    return DamagedError.exit_code if sentences else 0
+for _command in (exp_list.list_, *exp_compare.COMMANDS, *exp_notes.COMMANDS):
+    exp.add_command(_command)
 
 
 @exp.command(epilog=epilog("tessera-exp show smoke", "tessera-exp show smoke-1a2b3c4d --json"))
@@ -156,7 +75,8 @@ def sync(root: str, tracking_uri: str | None) -> int:
 
     Damaged runs are left out and named on stderr (exit 2).
     """
-    from tessera.cli._exp_view import plural, sync_progress
+    from tessera.cli._exp_figures import plural
+    from tessera.cli._exp_view import sync_progress
     from tessera.promotion.registry import apply_records
     from tessera.storage import open_root
     from tessera.tracking.replay import sync as replay
@@ -175,7 +95,7 @@ def sync(root: str, tracking_uri: str | None) -> int:
     )
     if report.tracking_uri.startswith("sqlite"):
         click.echo(f"Look at them: mlflow ui --backend-store-uri {report.tracking_uri}")
-    return _tell_damaged(report.damaged)
+    return tell_damaged(report.damaged)
 
 
 @exp.command(
@@ -265,7 +185,7 @@ def reconcile(root: str, provider: str | None, yes: bool, as_json: bool) -> int:
             click.echo(f"Recorded {record(store, found.lines)} in {store.url}/bills.")
     for error in found.errors:
         click.echo(f"Error: {error}", err=True)
-    code = _tell_damaged(found.damaged)
+    code = tell_damaged(found.damaged)
     codes = [error.exit_code for error in found.errors]
     return max(codes, default=0) or code or (_IDLE if found.idle else 0)
 
@@ -281,22 +201,6 @@ def _confirmed(fresh: int) -> bool:
         click.echo(f"Nothing was recorded ({fresh} new); --yes records it.")
         return False
     return click.confirm(f"Record {fresh} of these, in place of the estimates?")
-
-
-def _sortable(value: Any) -> tuple[bool, Any]:
-    unknown = value is None or value != value  # NaN differs from itself
-    return unknown, 0 if unknown else value
-
-
-def plain(value: Any) -> Any:
-    """JSON values of figures: NaN and infinities, which JSON lacks, become null."""
-    if isinstance(value, float):
-        return value if value - value == 0 else None
-    if isinstance(value, dict):
-        return {key: plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(inner) for inner in value]
-    return value
 
 
 def main() -> None:

@@ -7,7 +7,9 @@ other is told who did.
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
@@ -75,12 +77,20 @@ class Promotion:
 
 
 _PROMOTION = TypeAdapter(Promotion)
+_NAME = re.compile(r"/\d{6,}\.json$")
 
 
 def read_promotions(root: Root) -> list[Promotion]:
     """Every promotion, oldest first."""
-    names = [n for n in root.children(FOLDER) if re.fullmatch(r"\d{6,}\.json", n)]
-    return sorted((_read(root, f"{FOLDER}/{name}") for name in names), key=lambda p: p.number)
+    paths = [f"{FOLDER}/{name}" for name in root.children(FOLDER)]
+    found = {path: root.read_bytes(path) for path in paths if _NAME.search(path)}
+    return parse_promotions(root, found)
+
+
+def parse_promotions(root: Root, contents: Mapping[str, bytes]) -> list[Promotion]:
+    """Every promotion, oldest first, from the records' bytes by path in the root."""
+    found = [_parsed(root, path, data) for path, data in contents.items() if _NAME.search(path)]
+    return sorted(found, key=lambda promotion: promotion.number)
 
 
 def holders(promotions: list[Promotion]) -> dict[str, Promotion]:
@@ -106,10 +116,14 @@ def write_promotion(root: Root, promotion: Promotion) -> None:
 
 
 def _read(root: Root, path: str) -> Promotion:
+    return _parsed(root, path, root.read_bytes(path))
+
+
+def _parsed(root: Root, path: str, data: bytes) -> Promotion:
     try:
-        return _PROMOTION.validate_python(root.read_json(path))
-    except ValidationError as error:
+        return _PROMOTION.validate_python(json.loads(data))
+    except ValueError as error:  # a ValidationError is one too
+        why = what_is_wrong(error) if isinstance(error, ValidationError) else "it is no JSON"
         raise DamagedError(
-            f"{path} in {root.url} is not a promotion record ({what_is_wrong(error)}); restore it "
-            "from a backup."
+            f"{path} in {root.url} is not a promotion record ({why}); restore it from a backup."
         ) from error

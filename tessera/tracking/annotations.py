@@ -10,6 +10,7 @@ Nobody writes over anybody: two people who annotate at once leave two records.
 from __future__ import annotations
 
 import getpass
+import json
 import re
 import secrets
 import socket
@@ -117,17 +118,26 @@ def _checked(kind: AnnotationKind, key: str, value: str | None) -> str | None:
             f"The {kind} has {len(value):,} characters and may have {most:,}; shorten it."
         )
     if kind == "tag":
-        if not _TAG_KEY.fullmatch(key):
-            raise InputError(
-                f"The tag's key {key!r} should be 1 to 100 letters, digits, spaces and _ . - /, "
-                "and begin with a letter, a digit or _."
-            )
-        if key.startswith(_RESERVED):
-            raise InputError(
-                f"The tag's key {key!r} begins as those that Tessera and MLflow write themselves; "
-                "choose another."
-            )
+        _check_key(key)
     return value if kind == "tag" or (value or "").strip() else None
+
+
+def check_tag(key: str, value: str | None) -> None:
+    """Raises the ``InputError`` that ``annotate`` would."""
+    _checked("tag", key, value)
+
+
+def _check_key(key: str) -> None:
+    if not _TAG_KEY.fullmatch(key):
+        raise InputError(
+            f"The tag's key {key!r} should be 1 to 100 letters, digits, spaces and _ . - /, and "
+            "begin with a letter, a digit or _."
+        )
+    if key.startswith(_RESERVED):
+        raise InputError(
+            f"The tag's key {key!r} begins as those that Tessera and MLflow write themselves; "
+            "choose another."
+        )
 
 
 def read_annotations(root: Root, run_id: str) -> list[Annotation]:
@@ -140,12 +150,17 @@ def read_annotations(root: Root, run_id: str) -> list[Annotation]:
 
 def read_annotation(root: Root, path: str) -> Annotation:
     """One record. Raises ``DamagedError`` for what is none."""
+    return _parsed(root, path, root.read_bytes(path))
+
+
+def _parsed(root: Root, path: str, data: bytes) -> Annotation:
     try:
-        return _ANNOTATION.validate_python(root.read_json(path))
-    except ValidationError as error:
+        return _ANNOTATION.validate_python(json.loads(data))
+    except ValueError as error:  # a ValidationError is one too
+        why = what_is_wrong(error) if isinstance(error, ValidationError) else "it is no JSON"
         raise DamagedError(
-            f"{path} in {root.url} is not an annotation ({what_is_wrong(error)}); restore it from "
-            "a backup, or remove it if nobody needs it."
+            f"{path} in {root.url} is not an annotation ({why}); restore it from a backup, or "
+            "remove it if nobody needs it."
         ) from error
 
 
@@ -158,10 +173,19 @@ def annotation_paths(root: Root) -> list[str]:
 def read_all_annotations(root: Root) -> dict[str, Annotated]:
     """What counts now of every run that somebody annotated, by run id."""
     with ThreadPoolExecutor(_READERS) as pool:
-        found = list(pool.map(lambda path: read_annotation(root, path), annotation_paths(root)))
+        paths = annotation_paths(root)
+        return parse_annotations(
+            root, dict(zip(paths, pool.map(root.read_bytes, paths), strict=True))
+        )
+
+
+def parse_annotations(root: Root, contents: Mapping[str, bytes]) -> dict[str, Annotated]:
+    """What counts now of every annotated run, from the records' bytes by path in the root."""
     by_run: dict[str, list[Annotation]] = {}
-    for record in found:
-        by_run.setdefault(record.run_id, []).append(record)
+    for path, data in contents.items():
+        if _NAME.fullmatch(path.rsplit("/", 1)[-1]):
+            record = _parsed(root, path, data)
+            by_run.setdefault(record.run_id, []).append(record)
     return {run_id: Annotated.of(records) for run_id, records in by_run.items()}
 
 

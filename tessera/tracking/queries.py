@@ -78,6 +78,7 @@ class RunSummary:
     run_id: str
     name: str
     kind: str
+    fingerprint: str
     status: Status
     created_at: float
     started_at: float
@@ -166,6 +167,7 @@ def summarise_history(
         run_id=record.run_id,
         name=record.name,
         kind=record.kind,
+        fingerprint=record.fingerprint,
         status=status,
         created_at=record.created_at,
         started_at=min((i.attempt.started_at for i in history.attempts), default=record.created_at),
