@@ -221,7 +221,8 @@ def as_markdown(rows: Iterable[tuple[int, Listed]], columns: Mapping[str, Column
     console = Console(width=_MARKDOWN_WIDTH, color_system=None, highlight=False, file=io.StringIO())
     with console.capture() as capture:
         console.print(table)
-    return "\n".join(line.rstrip() for line in capture.get().strip("\n").split("\n"))
+    lines = (line.rstrip() for line in capture.get().split("\n"))
+    return "\n".join(line for line in lines if line)
 
 
 def left_out(hidden: Sequence[str]) -> str:

@@ -18,6 +18,8 @@ from tessera.cli.common import (
     run_command,
     tell_damaged,
 )
+from tessera.cli.completion import completion_command
+from tessera.cli.run_names import run_argument
 
 _tracking_option = click.option(
     "--tracking-uri",
@@ -40,12 +42,14 @@ def exp() -> None:
     """Compare runs by loss, dollars and time; sync them into MLflow; promote an adapter."""
 
 
-for _command in (exp_list.list_, *exp_compare.COMMANDS, *exp_notes.COMMANDS):
+for _command in (
+    exp_list.list_, *exp_compare.COMMANDS, *exp_notes.COMMANDS, completion_command("tessera-exp"),
+):  # fmt: skip
     exp.add_command(_command)
 
 
 @exp.command(epilog=epilog("tessera-exp show smoke", "tessera-exp show smoke-1a2b3c4d --json"))
-@click.argument("run")
+@run_argument
 @root_option
 @json_option
 def show(run: str, root: str, as_json: bool) -> None:
@@ -104,7 +108,7 @@ def sync(root: str, tracking_uri: str | None) -> int:
         'tessera-exp promote smoke-sft-warm --adapter ep3 --override "demo without interview"',
     )
 )
-@click.argument("run")
+@run_argument
 @click.option("--adapter", required=True, metavar="NAME", help="Adapter of RUN, such as ep3.")
 @click.option("--alias", default="champion", show_default=True, help="The alias it shall carry.")
 @click.option("--override", metavar="REASON", help="Overrule the gate; the reason is recorded.")

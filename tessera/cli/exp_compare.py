@@ -155,7 +155,10 @@ def _draw(curves: Curves, against: str) -> None:
     "--loss", "target", type=float, metavar="NATS",
     help="For usd-to-loss; else the lowest that all of them reached.",
 )  # fmt: skip
-@click.option("--limit", type=click.IntRange(1), default=5, show_default=True, metavar="N")
+@click.option(
+    "--limit", type=click.IntRange(1), default=5, show_default=True, metavar="N",
+    help="The first N of each group.",
+)  # fmt: skip
 @filter_options
 @root_option
 @json_option

@@ -18,6 +18,7 @@ from tessera.cli.common import (
     root_option,
     run_command,
 )
+from tessera.cli.completion import completion_command
 
 if TYPE_CHECKING:
     from tessera.experiment import Experiment
@@ -69,6 +70,8 @@ class _LazyGroup(click.Group):
 def tessera() -> None:
     """Train a language model from scratch and know what every dollar bought."""
 
+
+tessera.add_command(completion_command("tessera"))
 
 _set_option = click.option(
     "--set",

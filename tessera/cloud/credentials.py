@@ -17,6 +17,7 @@ import secrets
 import shlex
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from tessera.errors import InputError
@@ -158,7 +159,6 @@ def apply_defaults(
 
 def _roots_in(arguments: Sequence[str]) -> list[str]:
     """The values of ``--root`` on a command line."""
-    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
-    return [value for name, value in pairs if name == "--root"] + [
+    return [value for name, value in pairwise(arguments) if name == "--root"] + [
         argument.removeprefix("--root=") for argument in arguments if argument.startswith("--root=")
     ]

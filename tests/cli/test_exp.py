@@ -8,35 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tessera.cli import _exp_figures as figures
 from tessera.cli import _exp_view as view
 from tessera.cli._exp_events import worded
 from tessera.cli.common import run_command
 from tessera.cli.exp import exp
 
 if TYPE_CHECKING:
+    from tests.cli.shell import Shell
     from tests.tracking.fabricate import Bench
-
-
-class Shell:
-    """Runs ``tessera-exp`` in this process and keeps what it printed."""
-
-    def __init__(self, bench: Bench, capfd: pytest.CaptureFixture[str]) -> None:
-        self._bench, self._capfd = bench, capfd
-
-    def __call__(self, *arguments: str) -> tuple[int, str, str]:
-        code = run_command(exp, [*arguments, "--root", self._bench.root.url])
-        out, err = self._capfd.readouterr()
-        return code, out, err
-
-    def json(self, *arguments: str) -> Any:
-        code, out, err = self(*arguments, "--json")
-        assert (code, err) == (0, "")
-        return json.loads(out)
-
-
-@pytest.fixture
-def shell(bench: Bench, capfd: pytest.CaptureFixture[str]) -> Shell:
-    return Shell(bench, capfd)
 
 
 def test_an_empty_root_is_said_in_a_line(shell: Shell) -> None:
@@ -346,7 +326,7 @@ def test_list_and_show_load_neither_torch_nor_mlflow(bench: Bench) -> None:
     ("seconds", "shown"), [(0, "0 s"), (59.4, "59 s"), (725, "12 min 05 s"), (27061, "7 h 31 min")]
 )
 def test_durations(seconds: float, shown: str) -> None:
-    assert view.duration(seconds) == shown
+    assert figures.duration(seconds) == shown
 
 
 @pytest.mark.parametrize(
@@ -355,7 +335,7 @@ def test_durations(seconds: float, shown: str) -> None:
      (1234.5, False, "$1,234.50"), (0.0, False, "$0.000000")],
 )  # fmt: skip
 def test_dollars(value: float | None, estimated: bool, shown: str) -> None:
-    assert view.dollars(value, estimated) == shown
+    assert figures.dollars(value, estimated) == shown
 
 
 def damage(bench: Bench) -> tuple[str, str]:

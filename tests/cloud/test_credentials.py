@@ -64,9 +64,12 @@ def written(tmp_path: Path) -> dict[str, str]:
     return {"TESSERA_ENV_FILE": str(tmp_path / "env")}
 
 
-def test_it_is_the_default_of_what_is_not_set(written: dict[str, str]) -> None:
+@pytest.mark.parametrize("arguments", [[], ["list"], ["--root"]])
+def test_it_is_the_default_of_what_is_not_set(
+    written: dict[str, str], arguments: list[str]
+) -> None:
     environ = {**written, "AWS_ACCESS_KEY_ID": "mine", "MLFLOW_TRACKING_URI": ""}
-    apply_defaults(["list"], environ)
+    apply_defaults(arguments, environ)
     assert environ["TESSERA_ROOT"] == "s3://bucket/prefix"
     assert environ["AWS_ACCESS_KEY_ID"] == "mine"
     assert environ["AWS_SECRET_ACCESS_KEY"] == AWKWARD

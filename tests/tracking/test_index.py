@@ -180,7 +180,7 @@ def test_of_a_run_that_trains_only_the_open_segment_is_read(
     segments = len(bench.root.files(run.path("journal")))
     assert segments > 10
     read: list[str] = []
-    original = index_module.read_segment
+    original = records_module.read_segment
 
     def spy(run: Run, paths: Any, last: int, *, newest: bool) -> list[Record]:
         read.append(paths[0])
