@@ -35,13 +35,15 @@ import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
 from tessera.errors import ConflictError, DamagedError, InputError
-from tessera.experiment import Experiment, dump, parse_experiment
 from tessera.storage import Root, canonical_json
+
+if TYPE_CHECKING:
+    from tessera.experiment import Experiment  # its classes take a tenth of a second to be made
 
 RUN_ID_VARIABLE = "TESSERA_RUN_ID"
 _RUN_ID = r"[a-z0-9][a-z0-9_.-]{0,99}"  # longer than a name: the digest and `-2` follow it
@@ -224,6 +226,8 @@ class Run:
     @property
     def experiment(self) -> Experiment:
         """The resolved experiment that created the run."""
+        from tessera.experiment import parse_experiment
+
         return parse_experiment(self.record.experiment)
 
     # -- attempts --------------------------------------------------------------------------------
@@ -383,6 +387,8 @@ def create_or_open(
     budget; none means the one that the run was started with. Raises ``InputError`` if a run would
     have to be created that neither tokens nor a budget ends.
     """
+    from tessera.experiment import dump
+
     identity = dict(experiment.identity)
     if base is not None:
         identity["base.weights_digest"] = base["weights_digest"]

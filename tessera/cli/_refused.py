@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tessera.cloud.reconcile import Lodger
@@ -39,13 +40,16 @@ def estimate(refusal: Refusal) -> float | None:
     return refusal.usd_per_hour * max(0.0, refusal.at - refusal.billed_from) / 3600
 
 
-def refused_machines(root: Root, read: Histories | None = None) -> Refused | None:
+def refused_machines(
+    root: Root, read: Histories | None = None, refusals: Sequence[Refusal] | None = None
+) -> Refused | None:
     """What refused machines cost, by their invoices where there are; None if there were none.
 
-    Dollars of an instance that a run was on as well are that run's. ``read`` is what the root was
-    found to hold, if that was looked at already.
+    Dollars of an instance that a run was on as well are that run's. ``read`` and
+    ``refusals`` are what the root was found to hold, if that was looked at already.
     """
-    latest = {(refusal.provider, refusal.instance): refusal for refusal in scan_refusals(root)}
+    found = scan_refusals(root) if refusals is None else refusals
+    latest = {(refusal.provider, refusal.instance): refusal for refusal in found}
     for place in _used(root, read) if latest else ():
         latest.pop(place, None)
     if not latest:

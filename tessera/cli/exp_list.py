@@ -214,12 +214,15 @@ def _tell_rest(store: Root, found: Everything, rows: list[Listed], wanted: Wante
     """What the table does not hold: runs that were left out, machines that carried none."""
     from tessera.cli._exp_figures import dollars, plural
     from tessera.cli._exp_table import how_many
-    from tessera.cli._refused import refused_machines
 
     hidden = 0 if wanted.archived else sum(row.annotated.archived for row in found.rows)
     if text := how_many(len(rows), len(found.rows), hidden):
         click.echo(f"{text}.")
-    refused = refused_machines(store, found.histories) if wanted.is_any else None
+    if not wanted.is_any or not found.refusals:
+        return
+    from tessera.cli._refused import refused_machines
+
+    refused = refused_machines(store, found.histories, found.refusals)
     if refused is not None:
         unpriced = f", {refused.unknown} without a price" if refused.unknown else ""
         click.echo(

@@ -15,16 +15,18 @@ No torch here: a refused machine installs what storage needs and nothing else.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import secrets
 import socket
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from pydantic import ConfigDict, TypeAdapter, with_config
 
 from tessera.cloud.machine import LOCAL, Machine
 from tessera.errors import (
@@ -35,6 +37,8 @@ from tessera.errors import (
     TesseraError,
 )
 from tessera.storage import Root
+
+FOLDER = "refusals"
 
 MAX_VARIABLE = "TESSERA_MAX_REFUSALS"
 DEFAULT_MAX = 3
@@ -118,13 +122,20 @@ def limit(environ: Mapping[str, str] = os.environ) -> int:
 
 def scan_refusals(root: Root, job: str | None = None) -> list[Refusal]:
     """The refusals of ``job``, or of all, oldest first; records of others' making are left out."""
+    found = {}
+    for path in root.files(f"{FOLDER}/{job}" if job else FOLDER):
+        with suppress(NotFoundError):
+            found[path] = root.read_bytes(path)
+    return parse_refusals(found)
+
+
+def parse_refusals(contents: Mapping[str, bytes]) -> list[Refusal]:
+    """``scan_refusals`` of what was read already, by path in the root."""
     found = []
-    for path in root.files(f"refusals/{job}" if job else "refusals"):
+    for path, data in contents.items():
         if path.endswith(".json"):
-            try:
-                found.append(_FORM.validate_python(root.read_json(path)))
-            except (ValidationError, DamagedError, NotFoundError):
-                continue
+            with suppress(ValueError):  # a ValidationError is one too
+                found.append(_FORM.validate_python(json.loads(data)))
     return sorted(found, key=lambda refusal: (refusal.at, refusal.id))
 
 
@@ -139,7 +150,7 @@ def forgive(root: Root, environ: Mapping[str, str] = os.environ) -> int:
 
 
 def _cleared(job: str, node: int) -> str:
-    return f"refusals/{job}/cleared-{node}.json"
+    return f"{FOLDER}/{job}/cleared-{node}.json"
 
 
 def _forgiven(root: Root, job: str, node: int) -> int:
@@ -178,7 +189,7 @@ def refuse(
         job = job_of(environ)
         earlier = scan_refusals(root, job)
         refusal = _make(machine, environ, earlier, wanted, found, reason, gpus)
-        root.publish_json(f"refusals/{job}/{refusal.id}.json", asdict(refusal))
+        root.publish_json(f"{FOLDER}/{job}/{refusal.id}.json", asdict(refusal))
         nodes = {r.node for r in earlier} | {refusal.node}
         upto = {node: _forgiven(root, job, node) for node in nodes}
         since = [r for r in [*earlier, refusal] if r is refusal or r.number > upto[r.node]]

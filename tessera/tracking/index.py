@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tessera.errors import DamagedError
+from tessera.ledger.invoices import FOLDER as BILLS
 from tessera.runs import Attempt, CheckpointRef, Ending, Run, RunRecord, Segment, open_run
 from tessera.storage import Root, canonical_json, sha256_bytes
 from tessera.tracking.condense import Cut, Stretch, condense
@@ -39,20 +40,27 @@ from tessera.tracking.records import Kind, Record, read_segment, segments
 OVER_S = 3600.0
 OVER_UNSAID_S = 86_400.0
 LOOK_AGAIN_S = 3600.0
-_FOLDER = "bills"
 
 
 def read_indexed(
-    root: Root, memory: Memory, *, now: float | None = None, fresh: bool = False
+    root: Root,
+    memory: Memory,
+    *,
+    now: float | None = None,
+    fresh: bool = False,
+    bills: Mapping[str, bytes] | None = None,
 ) -> Histories:
-    """``read_histories`` with condensed records; ``fresh`` looks at every run, over or not."""
+    """``read_histories`` with condensed records; ``fresh`` looks at every run, over or not.
+
+    ``bills`` are the objects of that folder, if they were read already.
+    """
     now = time.time() if now is None else now
     known = {} if fresh else memory.runs()
     names = root.children("runs")
     with ThreadPoolExecutor(READERS) as pool:
         read = list(pool.map(lambda name: _look(root, memory, name, known.get(name), now), names))
     memory.keep_runs((f.row for f in read if f.row), gone=known.keys() - set(names))
-    invoices = parse_invoices(root, memory.contents(root, _FOLDER))
+    invoices = parse_invoices(root, memory.contents(root, BILLS) if bills is None else bills)
     damaged = {name: f.error for name, f in zip(names, read, strict=True) if f.error}
     whole = [f.history for f in read if f.history and not f.error]
     return Histories(

@@ -191,3 +191,10 @@ def _until(terminal: int, text: bytes) -> bytes:
         if select.select([terminal], [], [], 1.0)[0]:
             seen += os.read(terminal, 65536)
     return seen
+
+
+def test_the_folder_of_refusals_is_the_one_they_are_written_to() -> None:
+    from tessera.cli._exp_read import REFUSALS
+    from tessera.cloud.refusals import FOLDER
+
+    assert REFUSALS == FOLDER
