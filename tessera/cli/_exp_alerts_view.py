@@ -21,7 +21,8 @@ def last_alerts_line(root: Root, now: float) -> str | None:
     ``now`` in seconds since the epoch. Costs one listing, and a read for each recorded alert.
     """
     recorded = [found for records in recorded_alerts(root).values() for found in records]
-    recent = [alert for alert in read_alerts(root, recorded) if now - alert.at <= DAY_S]
+    read = read_alerts(root, recorded, [])  # `tessera-exp alerts` names those that are damaged
+    recent = [alert for alert in read if now - alert.at <= DAY_S]
     if not recent:
         return None
     shown = [f"{a.run_id} {a.short} ({ago(now - a.at)})" for a in recent[:_IN_LINE]]

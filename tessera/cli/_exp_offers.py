@@ -3,20 +3,25 @@
 The same GPU is taken to train at the same speed, so the hours left are those that the run itself
 foresees. Moving costs what is lost: half a checkpoint interval is trained again, minutes until the
 new machine trains are billed, state and shards are fetched once more. Told are only offers that
-save at least a tenth of what is left and a dollar, all that paid.
+save at least a tenth of what is left and a dollar, all of that paid.
 """
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tessera.cloud.cards import Card, card_named
 from tessera.cloud.offers import VAST, Market, Needs, Offer, with_live
+from tessera.cloud.plan import Corpus, Work
 from tessera.errors import TesseraError
+from tessera.experiment import Pretrain
 from tessera.ledger.forecast import SETUP_H
-from tessera.runs import Attempt
+from tessera.runs import Attempt, Run
+from tessera.storage import Root
 from tessera.tracking.alerts import Alert, offer_alert
 from tessera.tracking.history import RunHistory
 from tessera.tracking.queries import RunSummary
@@ -27,7 +32,6 @@ LEAST_SHARE, LEAST_USD = 0.1, 1.0
 ASK_EVERY_S = 600.0
 """Markets are asked no more often, however often a watcher looks."""
 _GB = 10**9
-_STATE_BYTES = 12  # a parameter: float32 weights and two moments
 _TASK = Path("sky") / "pretrain_h100.yaml"
 
 Ask = Callable[[Card, int], Market]
@@ -38,7 +42,6 @@ class Standing:
     """A running run, as far as a comparison needs it; dollars and hours are of all machines."""
 
     run_id: str
-    experiment: str
     attempt: Attempt
     card: Card
     step: int
@@ -64,31 +67,46 @@ class Saving:
 
 
 def standing_of(history: RunHistory, summary: RunSummary) -> Standing | None:
-    """None for a run that does not train now, or of which the GPU, price or end is not known."""
+    """None for what is no pretraining on a rented machine, or does not train now.
+
+    And for a run of which GPU, price, speed or end are not known.
+    """
     alive = [item for item in history.attempts if item.alive]
-    if summary.status != "running" or not alive:
+    experiment = history.run.experiment
+    if summary.status != "running" or not alive or not isinstance(experiment, Pretrain):
         return None
     item = max(alive, key=lambda one: one.attempt.number)
     attempt, card = item.attempt, card_named(item.attempt.device)
     left = _last(item.records, "forecast/seconds_left")
-    prices = [usd for _, usd in item.prices]
-    price = prices[-1] if prices else attempt.usd_per_hour
-    if card is None or left is None or not price or attempt.provider == "local":
-        return None
-    since = left.step - (history.upto or 0)
     speed = _last(item.records, "train/tokens_per_s")
-    experiment = history.run.record.experiment
+    price = item.prices[-1][1] if item.prices else attempt.usd_per_hour
+    if card is None or left is None or speed is None or not price or attempt.provider == "local":
+        return None
+    tokens = experiment.tokens or left.step * experiment.batch.tokens_per_step
+    work = Work.of(experiment, _corpus(history.run), tokens)
     return Standing(
         run_id=history.run.id,
-        experiment=history.run.record.name,
         attempt=attempt,
         card=card,
         step=left.step,
         usd_per_hour=price,
         hours_left=left.number / 3600,
-        lost_hours=_lost_hours(experiment, speed, since),
-        down_bytes=_down_bytes(experiment, history.run.record.data),
+        lost_hours=work.tokens_at_risk / speed.number / 3600 if speed.number > 0 else 0.0,
+        down_bytes=work.resume_bytes,
     )
+
+
+def _corpus(run: Run) -> Corpus | None:
+    """The run's corpus, None where it cannot be read: then it has just the run's tokens."""
+    from tessera.corpus.manifest import load_manifest
+
+    try:
+        manifest = load_manifest(run.root, str(run.record.data.get("manifest")))
+    except TesseraError:
+        return None
+    shards = [shard for split in manifest.splits.values() for shard in split.shards]
+    train = manifest.splits["train"].tokens
+    return Corpus(manifest.name, train, sum(shard.bytes for shard in shards))
 
 
 def best_saving(run: Standing, offers: Sequence[Offer]) -> Saving | None:
@@ -114,39 +132,12 @@ def _saving(run: Standing, offer: Offer) -> Saving:
     return Saving(offer, left, moving, left - run.hours_left * price - moving)
 
 
-def _lost_hours(experiment: dict[str, object], speed: Record | None, since: int) -> float:
-    """Hours of training that would be done again: half an interval, or what is not yet saved."""
-    every = _number(experiment.get("checkpoint"), "every_steps")
-    per_step = _number(experiment.get("batch"), "tokens_per_step")
-    steps = every / 2 if every else max(0, since)
-    rate = speed.number if speed is not None else 0.0
-    return steps * per_step / rate / 3600 if rate > 0 and per_step else 0.0
-
-
-def _down_bytes(experiment: dict[str, object], data: dict[str, object]) -> int:
-    """Bytes that a new machine fetches before it trains: the state, and the shards once."""
-    from tessera.model.shape import ModelShape, parameters
-
-    model = experiment.get("model")
-    state = 0
-    if isinstance(model, dict):
-        fields = {key: value for key, value in model.items() if key != "init_std"}
-        state = _STATE_BYTES * parameters(ModelShape(**fields))
-    shards = data.get("bytes")
-    return state + (shards if isinstance(shards, int) else 0)
-
-
-def _number(section: object, key: str) -> float:
-    value = section.get(key) if isinstance(section, dict) else None
-    return float(value) if isinstance(value, int | float) else 0.0
-
-
 def _last(records: Sequence[Record], key: str) -> Record | None:
     found = (r for r in reversed(records) if r.kind == "metric" and r.key == key)
     return next(found, None)
 
 
-def words(run: Standing, saving: Saving) -> str:
+def words(run: Standing, saving: Saving, command: str) -> str:
     """What the alert says, with the command to move."""
     offer = saving.offer
     source = "offered now" if offer.source == "live" else "by SkyPilot's catalog"
@@ -154,10 +145,24 @@ def words(run: Standing, saving: Saving) -> str:
         f"{offer.provider} {offer.region} has {run.card.name} for "
         f"${offer.billed_usd_per_hour:,.2f} an hour ({source}), this machine costs "
         f"${run.usd_per_hour:,.2f}: moving would save about ${saving.usd:,.2f} of the "
-        f"${saving.left_usd:,.2f} that are left, ${saving.moving_usd:,.2f} for moving paid; "
-        f"`sky down` this machine, then `tessera launch experiments/{run.experiment}.yaml "
-        f"--provider {offer.provider.lower()}` goes on from the last checkpoint."
+        f"${saving.left_usd:,.2f} that are left, with ${saving.moving_usd:,.2f} for moving paid; "
+        f"take this machine down after a checkpoint (`sky down`), then {command} goes on from it."
     )
+
+
+def launch_command(root: Root, run: Standing, offer: Offer) -> str:
+    """How the run is launched there: as it was the last time, at the other provider."""
+    there = ["--provider", offer.provider.lower(), "--gpu", run.card.name]
+    latest: dict[str, Any] = {}
+    for path in reversed(root.files("launches")):  # named after their time
+        found = None if path.endswith(".end.json") else root.read_json(path)
+        if isinstance(found, dict) and found.get("run_id") == run.run_id:
+            latest = found
+            break
+    if not isinstance(latest.get("experiment"), str):
+        return f"`tessera launch` with its experiment file and {shlex.join(there)}"
+    sets = [word for one in latest.get("set", ()) for word in ("--set", str(one))]
+    return f"`{shlex.join(['tessera', 'launch', latest['experiment'], *sets, *there])}`"
 
 
 @dataclass
@@ -174,14 +179,18 @@ class OfferWatch:
     ) -> Iterator[Alert]:
         """An alert for each running run that would be better off elsewhere."""
         for history, summary in looked:
-            run = standing_of(history, summary)
+            try:
+                run = standing_of(history, summary)
+            except TesseraError as error:  # an experiment of another version, say
+                self._say_once(f"Offers for {history.run.id} were not compared: {error}")
+                continue
             if run is None:
                 continue
             saving = best_saving(run, self._market(run, now).offers)
             if saving is not None and saving.worth_telling:
-                yield offer_alert(
-                    run.run_id, run.attempt.id, now, words(run, saving), step=run.step
-                )
+                command = launch_command(history.run.root, run, saving.offer)
+                told = words(run, saving, command)
+                yield offer_alert(run.run_id, run.attempt.id, now, told, step=run.step)
 
     def _market(self, run: Standing, now: float) -> Market:
         """The market of this GPU, asked at most every ten minutes; a failure is a sentence."""
@@ -193,41 +202,36 @@ class OfferWatch:
                 market = Market((), (f"Offers of {run.card.name} are not known: {error}",))
             self._asked[key] = now, market
             for note in market.notes:
-                if note not in self._said:
-                    self._said.add(note)
-                    self.say(note)
+                self._say_once(note)
         return self._asked[key][1]
+
+    def _say_once(self, note: str) -> None:
+        if note not in self._said:
+            self._said.add(note)
+            self.say(note)
 
 
 def ask_market(card: Card, gpus: int) -> Market:
     """What ``tessera plan --gpu CARD`` sees: SkyPilot's catalogs, vast.ai's offers of this moment.
 
-    Without SkyPilot or its task file vast.ai alone is asked. Raises ``InputError`` where there is
-    neither.
+    Where SkyPilot or its task file is missing vast.ai alone is asked, if its key is there; what was
+    not asked is in the notes.
     """
     from tessera.cloud.skypilot import TaskFile, catalog_market
-    from tessera.errors import InputError
 
+    needs = Needs(card, "", gpus, 256.0, None, None, None)
     try:
         file = TaskFile(_TASK)
         file.config["resources"].pop("max_hourly_cost", None)
         file.config["envs"] = {**file.envs, "TESSERA_GPUS": str(gpus)}
+        needs = file.needs(card)
         catalog = catalog_market(file, card)
-    except InputError as error:
-        return _vast_alone(card, gpus, str(error))
-    live = with_live(catalog.offers, file.needs(card))
-    return Market(live.offers, (*catalog.notes, *live.notes))
-
-
-def _vast_alone(card: Card, gpus: int, why: str) -> Market:
-    from tessera.cloud.vast import find_key
-    from tessera.errors import InputError
-
-    if find_key() is None:
-        raise InputError(why)
-    needs = Needs(card, "", gpus, 256.0, None, None, None)
-    # A stand-in for the catalog: it only says which family vast.ai is asked for.
-    family = Offer(VAST, card.name, card, gpus, 0.0, "catalog", "", "", "")
-    live = with_live((family,), needs)
-    offers = tuple(offer for offer in live.offers if offer.source == "live")
-    return Market(offers, (f"Only vast.ai was asked for offers ({why.rstrip('.')}).", *live.notes))
+    except TesseraError as error:
+        catalog = Market((), (f"SkyPilot's catalogs were not asked for offers: {error}",))
+    offers = catalog.offers
+    if not any(offer.provider == VAST for offer in offers):
+        # Of no type that can be launched: it says which cards vast.ai is asked for, and goes.
+        offers = (*offers, Offer(VAST, card.name, card, gpus, 0.0, "catalog", "", "", ""))
+    live = with_live(offers, needs)
+    real = (offer for offer in live.offers if offer.source == "live" or offer.instance_type)
+    return Market(tuple(real), (*catalog.notes, *live.notes))

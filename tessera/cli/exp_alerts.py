@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
         "tessera-exp alerts",
         "tessera-exp alerts --watch --every 120",
         "tessera-exp alerts --run smoke --json | jq -r '.[].text'",
-        "TESSERA_ALERT_WEBHOOK=https://... tessera-exp alerts --watch --offers",
+        "tessera-exp alerts --watch --offers",
     )
 )
 @click.option("--run", metavar="RUN", help="Only this run: its id, or the beginning of it.")
@@ -68,7 +69,8 @@ def alerts(
         watcher.more = OfferWatch(click.echo if not as_json else _to_stderr)
     now = time.time()
     look = watcher.look(now)
-    _list(store, run_id, now, as_json=as_json, lines=watch)
+    damaged = _list(store, run_id, now, as_json=as_json, lines=watch)
+    look = replace(look, troubles=tuple(dict.fromkeys((*look.troubles, *damaged))))
     if not as_json:
         _tell_sent(look, watcher)
     if not watch:
@@ -81,12 +83,14 @@ def _to_stderr(text: str) -> None:
     click.echo(text, err=True)
 
 
-def _list(root: Root, run_id: str | None, now: float, *, as_json: bool, lines: bool) -> None:
+def _list(root: Root, run_id: str | None, now: float, *, as_json: bool, lines: bool) -> list[str]:
+    """Print what is recorded; returns sentences about records that are damaged."""
     from tessera.cli._exp_alerts_view import as_document, show_alerts
     from tessera.tracking.alert_records import read_alerts, recorded_alerts
 
     found = [one for records in recorded_alerts(root, run_id).values() for one in records]
-    read = read_alerts(root, found)
+    damaged: list[str] = []
+    read = read_alerts(root, found, damaged)
     if as_json and lines:
         _print_lines(read[::-1])
     elif as_json:
@@ -95,6 +99,7 @@ def _list(root: Root, run_id: str | None, now: float, *, as_json: bool, lines: b
         show_alerts(read, now)
     else:
         click.echo(f"No alerts in {root.url}.")
+    return damaged
 
 
 def _tell_sent(look: Look, watcher: Watcher) -> None:
@@ -146,7 +151,7 @@ def _watch(watcher: Watcher, every: float, as_json: bool, first: Look) -> int:
                     click.echo(f"{when(alert.at)}  {alert.run_id}  {alert.kind}: {alert.text}")
             fresh = tuple(text for text in look.troubles if text not in said)
             said.update(fresh)
-            _tell_troubles(type(look)(look.new, look.sendings, fresh))
+            _tell_troubles(replace(look, troubles=fresh))
     except KeyboardInterrupt:
         click.echo("Stopped looking; the runs go on.", err=True)
         return 0

@@ -141,7 +141,7 @@ class Show:
         found: Iterable[Recorded] = recorded_alerts(root, self.run.id).get(self.run.id, ())
         fresh = [one for one in found if one.id not in self._alerts]
         self._alerts.update(one.id for one in fresh)
-        read = [alert for alert in read_alerts(root, fresh) if now - alert.at <= _DAY_S]
+        read = [alert for alert in read_alerts(root, fresh, []) if now - alert.at <= _DAY_S]
         return [alert_item(alert) for alert in reversed(read)]
 
     def _print(self, items: Iterable[Item]) -> None:

@@ -8,8 +8,8 @@
 the one whose record it became sends at once. What was not taken is sent again by whichever
 watcher comes by 1, 2, 4, 8, ... minutes after the record, one watcher for each of those times,
 until a day has gone by. So a webhook gets an alert once; twice if a watcher dies between the answer
-and its mark, or if a store ignores conditional writes and two watchers meet within one request; and
-not at all if nobody watches for a day, or it refuses for a day.
+and its mark, or if a store ignores conditional writes and a watcher stalls between two requests;
+and not at all if nobody watches for a day, or it refuses for a day.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from __future__ import annotations
 import math
 import re
 import secrets
+import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
@@ -32,6 +33,8 @@ from tessera.tracking.webhooks import Webhook, send
 FOLDER = "alerts"
 RETRY_AFTER_S = 60.0
 """From then on a watcher takes it that whoever recorded an alert did not get it sent."""
+SETTLE_S = 1.0
+"""So long after a record a store that ignores conditional writes is looked at again."""
 FRESH_S = 24 * 3600.0
 """What happened longer ago is recorded, and sent to nobody; nor is a failed one tried longer."""
 _NAME = re.compile(
@@ -43,14 +46,14 @@ _READERS = 8
 
 @with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
-class _Stored(Alert):
+class Stored(Alert):
     """What lies in the root: the alert, whose record it is, and since when (seconds)."""
 
     token: str = ""
     recorded_at: float = 0.0
 
 
-_STORED = TypeAdapter(_Stored)
+_STORED = TypeAdapter(Stored)
 
 
 @dataclass(frozen=True)
@@ -118,42 +121,89 @@ def recorded_alerts(root: Root, run_id: str | None = None) -> dict[str, tuple[Re
 _KIND: dict[str, AlertKind] = {kind: kind for kind in ALERT_KINDS}
 
 
-def read_alerts(root: Root, found: Iterable[Recorded]) -> list[Alert]:
+def read_alerts(
+    root: Root, found: Iterable[Recorded], damaged: list[str] | None = None
+) -> list[Stored]:
     """The recorded alerts themselves, newest first; eight at a time.
 
-    Raises ``DamagedError`` for a record that is none.
+    Sentences about records that are none go to ``damaged``; without it they are a ``DamagedError``.
     """
+
+    def read(one: Recorded) -> Stored | DamagedError:
+        try:
+            return _read(root, one.path)
+        except DamagedError as error:
+            return error
+
+    alerts = []
     with ThreadPoolExecutor(_READERS) as pool:
-        read = list(pool.map(lambda one: _read(root, one.path), found))
-    return sorted(read, key=lambda alert: (-alert.at, alert.id))
+        for one in pool.map(read, found):
+            if isinstance(one, Stored):
+                alerts.append(one)
+            elif damaged is None:
+                raise one
+            else:
+                damaged.append(str(one))
+    return sorted(alerts, key=lambda alert: (-alert.at, alert.id))
 
 
-def record(root: Root, alert: Alert, now: float) -> bool:
-    """Record ``alert``; whether it was not there before and the record is this caller's."""
-    stored = _Stored(**asdict(alert), token=secrets.token_hex(8), recorded_at=now)
-    return _claim(root, _path(alert.id), asdict(stored), stored.token)
+def record(root: Root, alert: Alert, now: float) -> Stored | None:
+    """Record ``alert`` at ``now``; None if it was there before or is somebody else's record."""
+    stored = Stored(
+        **{name.name: getattr(alert, name.name) for name in fields(Alert)},
+        token=secrets.token_hex(8),
+        recorded_at=now,
+    )
+    return stored if _claim(root, _path(alert.id), asdict(stored), stored.token) else None
 
 
-def deliver(
-    root: Root, alert: Alert, to: Sequence[Webhook], now: float, *, again: Recorded | None = None
+def send_new(
+    root: Root, mine: Sequence[Stored], to: Sequence[Webhook], now: float
 ) -> list[Sending]:
-    """Send one recorded alert to those webhooks that are due, and mark those that took it.
+    """Send what this caller has just recorded, as far as it happened within a day.
 
-    Without ``again`` the caller has just recorded it, and all are due unless it happened more than
-    a day ago. With it, only those that did not take it, whose time has come and for which no other
-    watcher is faster.
+    In a store that may ignore conditional writes it first waits until another's record, if one was
+    under way, must be there, and sends what is still its own.
     """
-    if now - alert.at > FRESH_S:
-        return []
-    done = []
-    for webhook in to:
-        if again is not None and not _is_due(root, again, webhook, now):
-            continue
-        trouble = send(webhook, alert)
-        if trouble is None:
-            root.publish_json(_mark(alert.id, webhook.mark), {"sent_at": now})
-        done.append(Sending(alert, webhook.number, trouble))
-    return done
+    fresh = [alert for alert in mine if now - alert.at <= FRESH_S]
+    if fresh and to and not root.is_local:
+        time.sleep(SETTLE_S)
+        kept = {alert.token for alert in read_alerts(root, map(_listed, fresh), [])}
+        fresh = [alert for alert in fresh if alert.token in kept]
+    sendings: list[Sending] = []
+    for alert in fresh:
+        for webhook in _working(to, sendings):
+            sendings.append(_deliver(root, alert, webhook, now))
+    return sendings
+
+
+def send_again(
+    root: Root, late: Sequence[tuple[Recorded, Stored]], to: Sequence[Webhook], now: float
+) -> list[Sending]:
+    """Send what webhooks did not take so far, where its time has come and nobody else is faster."""
+    sendings: list[Sending] = []
+    for found, alert in late:
+        for webhook in _working(to, sendings):
+            if now - alert.at <= FRESH_S and _is_due(root, found, alert, webhook, now):
+                sendings.append(_deliver(root, alert, webhook, now))
+    return sendings
+
+
+def _working(to: Sequence[Webhook], sendings: Sequence[Sending]) -> list[Webhook]:
+    """Without those that failed in this look: their turn comes again, and 10 s each add up."""
+    failed = {sending.webhook for sending in sendings if sending.trouble is not None}
+    return [webhook for webhook in to if webhook.number not in failed]
+
+
+def _deliver(root: Root, alert: Alert, webhook: Webhook, now: float) -> Sending:
+    trouble = send(webhook, alert)
+    if trouble is None:
+        root.publish_json(_mark(alert.id, webhook.mark), {"sent_at": now})
+    return Sending(alert, webhook.number, trouble)
+
+
+def _listed(alert: Alert) -> Recorded:
+    return Recorded(alert.run_id, alert.kind, alert.key)
 
 
 def retry_round(age_s: float) -> int | None:
@@ -166,12 +216,11 @@ def retry_round(age_s: float) -> int | None:
     return int(math.log2(age_s / RETRY_AFTER_S))
 
 
-def _is_due(root: Root, found: Recorded, webhook: Webhook, now: float) -> bool:
+def _is_due(root: Root, found: Recorded, alert: Stored, webhook: Webhook, now: float) -> bool:
     """Whether this watcher shall send it again now; then nobody else does in this round."""
     if webhook.mark in found.sent:
         return False
-    stored = _read(root, found.path)
-    number = retry_round(now - stored.recorded_at)
+    number = retry_round(now - alert.recorded_at)
     if number is None or f"{webhook.mark}.try-{number}" in found.tries:
         return False
     token = secrets.token_hex(8)
@@ -197,7 +246,7 @@ def _mark(name: str, mark: str) -> str:
     return _path(f"{name}.{mark}.sent")
 
 
-def _read(root: Root, path: str) -> _Stored:
+def _read(root: Root, path: str) -> Stored:
     try:
         return _STORED.validate_python(root.read_json(path))
     except ValidationError as error:

@@ -12,12 +12,14 @@ from tessera.errors import DamagedError
 from tessera.runs import Run, scan_runs
 from tessera.storage import Root
 from tessera.tracking.alert_records import (
+    FRESH_S,
     Recorded,
     Sending,
-    deliver,
     read_alerts,
     record,
     recorded_alerts,
+    send_again,
+    send_new,
 )
 from tessera.tracking.alerts import Alert, alerts_of
 from tessera.tracking.history import RunHistory, bill_all, read_history
@@ -50,6 +52,7 @@ class Watcher:
     run_id: str | None = None
     more: More | None = None
     _settled: dict[str, RunHistory] = field(default_factory=dict)
+    _past: set[str] = field(default_factory=set)
 
     def look(self, now: float) -> Look:
         """Record and send; ``now`` in seconds since the epoch. Raises ``StoreError``."""
@@ -60,12 +63,9 @@ class Watcher:
         derived = [a for history, summary in looked for a in _last_ending(history, summary, now)]
         if self.more is not None:
             derived += self.more(looked, now)
-        new: list[Alert] = []
-        sendings: list[Sending] = []
-        for alert in derived:
-            if alert.id not in known and record(self.root, alert, now):
-                new.append(alert)
-                sendings += deliver(self.root, alert, self.webhooks, now)
+        claimed = (record(self.root, alert, now) for alert in derived if alert.id not in known)
+        new = [alert for alert in claimed if alert is not None]
+        sendings = send_new(self.root, new, self.webhooks, now)
         sendings += self._again(before, now, troubles)
         return Look(tuple(new), tuple(sendings), tuple(troubles))
 
@@ -115,14 +115,16 @@ class Watcher:
     ) -> list[Sending]:
         """Retry what an earlier look, or a watcher that died, did not get sent."""
         marks = {webhook.mark for webhook in self.webhooks}
-        sendings: list[Sending] = []
-        for found in (f for records in before.values() for f in records if marks - f.sent):
-            try:
-                (alert,) = read_alerts(self.root, [found])
-                sendings += deliver(self.root, alert, self.webhooks, now, again=found)
-            except DamagedError as error:
-                troubles.append(str(error))
-        return sendings
+        late = {
+            found.id: found
+            for records in before.values()
+            for found in records
+            if marks - found.sent and found.id not in self._past
+        }
+        read = read_alerts(self.root, late.values(), troubles)
+        self._past |= {alert.id for alert in read if now - alert.at > FRESH_S}
+        pairs = [(late[alert.id], alert) for alert in reversed(read)]
+        return send_again(self.root, pairs, self.webhooks, now)
 
 
 def _last_ending(history: RunHistory, summary: RunSummary, now: float) -> list[Alert]:

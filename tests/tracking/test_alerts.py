@@ -6,7 +6,7 @@ import importlib
 import logging
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,8 +127,6 @@ def test_a_run_that_never_stops_skipping_is_told_again(bench: Bench) -> None:
 def budgeted(run: Run, usd: float) -> Run:
     """The same run with a budget; its record in the root as well."""
     changed = replace(run.record, experiment={**run.record.experiment, "budget_usd": usd})
-    from dataclasses import asdict
-
     run.root.publish_json(run.path("run.json"), asdict(changed))
     return Run(run.root, changed)
 
@@ -220,7 +218,7 @@ def test_a_record_is_created_once_and_listed_by_its_name(bench: Bench) -> None:
     died = found[ALERT.run_id][1]
     assert [*died.sent, *died.tries] == ["12ab", "12ab.try-3"]
     (read,) = read_alerts(bench.root, [died])
-    assert Alert(**{f: getattr(read, f) for f in ALERT.__dataclass_fields__}) == ALERT
+    assert {f: getattr(read, f) for f in ALERT.__dataclass_fields__} == asdict(ALERT)
     assert recorded_alerts(bench.root, "none") == {}
 
 
@@ -237,6 +235,10 @@ def test_a_damaged_record_is_named(bench: Bench) -> None:
     (found,) = recorded_alerts(bench.root)["smoke"]
     with pytest.raises(DamagedError, match=r"^alerts/smoke/died-1-ab.json in .* is not an alert"):
         read_alerts(bench.root, [found])
+    record(bench.root, replace(ALERT, run_id="smoke"), 1.7e9)
+    sentences: list[str] = []
+    assert len(read_alerts(bench.root, recorded_alerts(bench.root)["smoke"], sentences)) == 1
+    assert len(sentences) == 1
 
 
 def test_a_store_that_ignores_the_condition(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -503,3 +505,30 @@ def test_a_damaged_run_hides_no_other(bench: Bench) -> None:
     assert len(look.troubles) == 1
     assert bad.id in look.troubles[0]
     assert Watcher(bench.root, run_id=good.id).look(bench.clock()).troubles == ()
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_webhook_that_fails_is_left_alone_for_the_rest_of_a_look(bench: Bench) -> None:
+    """Ten seconds each would add up."""
+    for name in ("a", "b", "c"):
+        bench.finished(name)
+    with receiving(404) as receiver:
+        look = Watcher(bench.root, [Webhook(1, receiver.url)]).look(bench.clock())
+        assert (len(look.new), len(look.sendings), len(receiver.paths)) == (3, 1, 1)
+        receiver.answers[:] = [200]
+        Watcher(bench.root, [Webhook(1, receiver.url)]).look(bench.clock() + 61)
+        assert receiver.kinds == ["finished"] * 3
+
+
+def test_old_alerts_are_not_read_at_every_look(
+    bench: Bench, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.finished()
+    Watcher(bench.root).look(bench.clock())
+    watcher = Watcher(bench.root, [Webhook(1, receiver.url)])
+    late = bench.clock() + 86_500
+    watcher.look(late)
+    read = watched(monkeypatch, "read_bytes")
+    watcher.look(late + 60)
+    assert not [path for path in read if path.startswith("alerts/")]
+    assert receiver.paths == []
