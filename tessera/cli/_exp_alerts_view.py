@@ -6,9 +6,10 @@ import datetime
 from collections.abc import Sequence
 from typing import Any
 
-from tessera.cli._exp_view import new_console, plural, show_table
+from tessera.cli._exp_figures import plural
+from tessera.cli._exp_view import new_console, show_table
 from tessera.storage import Root
-from tessera.tracking.alert_records import Sending, read_alerts, recorded_alerts
+from tessera.tracking.alert_records import Sending, remembered_alerts
 from tessera.tracking.alerts import Alert
 
 DAY_S = 24 * 3600.0
@@ -18,11 +19,10 @@ _IN_LINE = 3
 def last_alerts_line(root: Root, now: float) -> str | None:
     """One line about the alerts of the last day, the newest first; None if there are none.
 
-    ``now`` in seconds since the epoch. Costs one listing, and a read for each recorded alert.
+    ``now`` in seconds since the epoch. Costs one listing and a read of each record that this
+    machine has not read before; a damaged one is left out, `tessera-exp alerts` names it.
     """
-    recorded = [found for records in recorded_alerts(root).values() for found in records]
-    read = read_alerts(root, recorded, [])  # `tessera-exp alerts` names those that are damaged
-    recent = [alert for alert in read if now - alert.at <= DAY_S]
+    recent = [alert for alert in remembered_alerts(root) if now - alert.at <= DAY_S]
     if not recent:
         return None
     shown = [f"{a.run_id} {a.short} ({ago(now - a.at)})" for a in recent[:_IN_LINE]]

@@ -26,6 +26,7 @@ from tessera.tracking.alerts import Alert, offer_alert
 from tessera.tracking.history import RunHistory
 from tessera.tracking.queries import RunSummary
 from tessera.tracking.records import Record
+from tessera.tracking.tail import RunTail
 
 LEAST_SHARE, LEAST_USD = 0.1, 1.0
 """An offer is told of if it saves this part of what is left, and so many dollars."""
@@ -77,8 +78,9 @@ def standing_of(history: RunHistory, summary: RunSummary) -> Standing | None:
         return None
     item = max(alive, key=lambda one: one.attempt.number)
     attempt, card = item.attempt, card_named(item.attempt.device)
-    left = _last(item.records, "forecast/seconds_left")
-    speed = _last(item.records, "train/tokens_per_s")
+    records = RunTail(history.run, 1).look().records  # the history may be condensed
+    left = _last(records, "forecast/seconds_left")
+    speed = _last(records, "train/tokens_per_s")
     price = item.prices[-1][1] if item.prices else attempt.usd_per_hour
     if card is None or left is None or speed is None or not price or attempt.provider == "local":
         return None

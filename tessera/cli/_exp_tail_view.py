@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tessera.cli._exp_events import EVENTS, worded
-from tessera.cli._exp_view import dollars, duration, loss
+from tessera.cli._exp_figures import dollars, duration, loss
 from tessera.runs import DIVERGED, FAILED, OUTCOMES_DONE, Attempt, Ending
 from tessera.tracking.alerts import Alert
+from tessera.tracking.condense import BUDGET_PLANNED
 from tessera.tracking.history import ALIVE_S, SURE_PRICES
-from tessera.tracking.queries import BUDGET_PLANNED
 from tessera.tracking.records import Record
 from tessera.tracking.tail import News, RunTail
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tessera.cli.common import epilog, json_option, place_named, print_json, root_option
+from tessera.cli.run_names import RunName
 
 if TYPE_CHECKING:
     from tessera.storage import Root
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
         "tessera-exp alerts --watch --offers",
     )
 )
-@click.option("--run", metavar="RUN", help="Only this run: its id, or the beginning of it.")
+@click.option(
+    "--run", metavar="RUN", type=RunName(), help="Only this run: its id, or the beginning of it."
+)
 @click.option("--watch", is_flag=True, help="Go on looking until Ctrl-C.")
 @click.option(
     "--every",
@@ -104,7 +107,7 @@ def _list(root: Root, run_id: str | None, now: float, *, as_json: bool, lines: b
 
 def _tell_sent(look: Look, watcher: Watcher) -> None:
     """A line about what this look added, and whether anybody was told."""
-    from tessera.cli._exp_view import plural
+    from tessera.cli._exp_figures import plural
 
     sent = sum(sending.trouble is None for sending in look.sendings)
     if watcher.webhooks:

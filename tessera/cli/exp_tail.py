@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from tessera.cli.common import epilog, root_option
+from tessera.cli.common import epilog, plain, root_option
+from tessera.cli.run_names import run_argument
 
 if TYPE_CHECKING:
     from tessera.cli._exp_tail_view import Item, Items, State
@@ -29,7 +30,7 @@ _ALERTS_AT_START = 3
         "tessera-exp tail smoke --json | jq 'select(.what == \"point\") | .loss'",
     )
 )
-@click.argument("run")
+@run_argument
 @click.option(
     "--lines", "-n", type=click.IntRange(min=1), default=20, show_default=True, metavar="N",
     help="Lines of what has happened already.",
@@ -158,10 +159,4 @@ def _text(item: Item) -> str:
 def _line(item: Item) -> str:
     import json
 
-    values = {key: None if _is_no_number(value) else value for key, value in item.items()}
-    return json.dumps(values, ensure_ascii=False)
-
-
-def _is_no_number(value: Any) -> bool:
-    """NaN and infinities, which JSON lacks, become null."""
-    return isinstance(value, float) and value - value != 0
+    return json.dumps(plain(item), ensure_ascii=False)

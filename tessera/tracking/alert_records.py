@@ -20,6 +20,7 @@ import secrets
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
@@ -28,6 +29,7 @@ from tessera.errors import DamagedError
 from tessera.runs import what_is_wrong
 from tessera.storage import Root
 from tessera.tracking.alerts import ALERT_KINDS, Alert, AlertKind
+from tessera.tracking.memory import remembered
 from tessera.tracking.webhooks import Webhook, send
 
 FOLDER = "alerts"
@@ -144,6 +146,22 @@ def read_alerts(
                 raise one
             else:
                 damaged.append(str(one))
+    return sorted(alerts, key=lambda alert: (-alert.at, alert.id))
+
+
+def remembered_alerts(root: Root) -> list[Stored]:
+    """Every recorded alert, newest first, from one listing; only what is new is read.
+
+    Records that are none are left out: ``read_alerts`` names them.
+    """
+    with remembered(root) as memory:
+        contents = memory.contents(root, FOLDER)
+    alerts = []
+    for path, data in contents.items():
+        match = _NAME.fullmatch(path)
+        if match is not None and match["what"] is None:
+            with suppress(ValidationError):
+                alerts.append(_STORED.validate_json(data))
     return sorted(alerts, key=lambda alert: (-alert.at, alert.id))
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from tessera.runs import BUDGET, DIVERGED, FAILED, FINISHED, OUTCOMES_DONE, Ending
+from tessera.tracking.condense import ROLLED_BACK, SKIPPED
 from tessera.tracking.history import AttemptHistory, RunHistory
 from tessera.tracking.queries import RunSummary
 from tessera.tracking.records import Record
@@ -75,7 +76,7 @@ class Alert:
 def alerts_of(history: RunHistory, summary: RunSummary, now: float) -> tuple[Alert, ...]:
     """Every alert of one run, oldest first; ``summary`` is of the same moment.
 
-    ``now`` is in seconds since the epoch. ``history`` must have been read with its records.
+    ``now`` is in seconds since the epoch. ``history`` has its records, whole or condensed.
     """
     found = [
         *_died(history),
@@ -118,7 +119,7 @@ def _died(history: RunHistory) -> Iterator[Alert]:
 def _spikes(history: RunHistory) -> Iterator[Alert]:
     """A step that a later attempt did again and skipped again is the same one."""
     first_seen: dict[int, Record] = {}
-    for record in _events(history, "stability/skipped"):
+    for record in _events(history, SKIPPED):
         first_seen.setdefault(record.step, record)
     for steps in _grouped(sorted(first_seen)):
         record = first_seen[steps[0]]
@@ -150,7 +151,7 @@ def _grouped(steps: Iterable[int]) -> list[list[int]]:
 
 
 def _rollbacks(history: RunHistory) -> Iterator[Alert]:
-    for record in _events(history, "run/rolled_back"):
+    for record in _events(history, ROLLED_BACK):
         details = record.value if isinstance(record.value, dict) else {}
         back, reason = details.get("to_step"), str(details.get("reason", "no reason was given"))
         to = f"to step {back:,}" if isinstance(back, int) else "to an earlier step"

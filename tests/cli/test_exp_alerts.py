@@ -230,3 +230,25 @@ def test_the_line_for_list(bench: Bench, command: Command) -> None:
 )  # fmt: skip
 def test_ago(seconds: float, said: str) -> None:
     assert ago(seconds) == said
+
+
+def test_the_line_reads_a_record_once(
+    bench: Bench, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.finished()
+    command()
+    bench.root.publish("alerts/base/died-1-ab.json", b"nonsense")
+    line = last_alerts_line(bench.root, bench.clock())
+    assert str(line).startswith("1 alert in the last day: base-")
+    monkeypatch.setattr(Root, "read_bytes", lambda *_: pytest.fail("it was read again"))
+    assert last_alerts_line(bench.root, bench.clock()) == line
+
+
+def test_a_damaged_alert_is_named_and_hides_nothing(bench: Bench, command: Command) -> None:
+    bench.finished()
+    bench.root.publish("alerts/base/died-1-ab.json", b"{}")
+    code, out, err = command()
+    assert code == 2
+    assert "finished at step 20" in out
+    assert err.startswith(f"Error: alerts/base/died-1-ab.json in {bench.root.url} is not an alert")
+    assert err.count("Error") == 1

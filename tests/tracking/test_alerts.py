@@ -19,7 +19,9 @@ from tessera.tracking import alert_records, webhooks
 from tessera.tracking.alert_records import read_alerts, record, recorded_alerts, retry_round
 from tessera.tracking.alerts import Alert, alerts_of, offer_alert
 from tessera.tracking.history import read_history
-from tessera.tracking.queries import summarise_run
+from tessera.tracking.index import read_indexed
+from tessera.tracking.memory import remembered
+from tessera.tracking.queries import summarise_history, summarise_run
 from tessera.tracking.watch import Watcher
 from tessera.tracking.webhooks import Webhook, payload, send
 
@@ -48,8 +50,14 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def derived(bench: Bench, run: Run) -> tuple[Alert, ...]:
+    """From the whole journal and from what is remembered of it: both are the same."""
     now = bench.clock()
-    return alerts_of(read_history(run, now=now), summarise_run(bench.root, run, now=now), now)
+    whole = alerts_of(read_history(run, now=now), summarise_run(bench.root, run, now=now), now)
+    with remembered(bench.root) as memory:
+        found = read_indexed(bench.root, memory, now=now)
+    (history,) = (history for history in found.whole if history.run.id == run.id)
+    assert alerts_of(history, summarise_history(history, found.bills, now=now), now) == whole
+    return whole
 
 
 def skip(writer: Any, *steps: int) -> None:
@@ -489,10 +497,11 @@ def test_rounds_of_trying_again(age: float, number: int | None) -> None:
 
 def test_a_run_that_ended_is_not_read_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.finished()
-    Watcher(bench.root).look(bench.clock())
     read = watched(monkeypatch, "read_bytes")
     Watcher(bench.root).look(bench.clock())
-    assert read
+    assert [path for path in read if "/journal/" in path]
+    read.clear()
+    Watcher(bench.root).look(bench.clock())
     assert not [path for path in read if "/journal/" in path]
 
 
