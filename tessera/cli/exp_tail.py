@@ -48,7 +48,8 @@ def tail(run: str, lines: int, no_follow: bool, every: float, as_json: bool, roo
     RUN is a run id, its beginning, or the name of an experiment that has one run. What the run does
     reaches the root every 30 s. Ctrl-C ends the looking and stops nothing. Times are UTC.
 
-    Exit codes: 0 the run ended, or Ctrl-C; 2 bad input or a damaged journal.
+    Exit codes: 0 the run ended, or Ctrl-C; 2 bad input or a damaged journal; 75 the root does not
+    answer at the start.
     """
     from tessera.runs import find_run
     from tessera.storage import open_root
