@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -17,7 +17,8 @@ SECRET = "T0PSECRET/B0NNIE/x7Yq93kfUwp"
 class Receiver:
     """Keeps what was posted; ``answers`` are status codes in turn, the last one for all after it.
 
-    A status of 0 never answers. ``url`` holds the secret.
+    A status of 0 never answers, -1 answers a byte now and then without end. ``url`` holds the
+    secret.
     """
 
     answers: list[int] = field(default_factory=lambda: [200])
@@ -54,6 +55,12 @@ def receiving(*answers: int) -> Iterator[Receiver]:
             status = receiver.take(self.path, body)
             if status == 0:
                 receiver.released.wait(60)
+                return
+            if status < 0:
+                self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+                with suppress(OSError):
+                    while not receiver.released.wait(0.05):
+                        self.wfile.write(b".")
                 return
             self.send_response(status)
             self.send_header("Content-Length", "0")

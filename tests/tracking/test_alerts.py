@@ -308,11 +308,16 @@ def test_what_fails_is_a_clause_without_the_url(status: int, tries: int, said: s
         assert receiver.bodies == []
 
 
+def test_an_answer_that_trickles_in_is_given_up() -> None:
+    with receiving(-1) as receiver:
+        assert send(Webhook(1, receiver.url), ALERT, patience_s=0.7) == "it did not answer in time"
+
+
 @pytest.mark.usefixtures("hasty")
 def test_a_hanging_webhook_takes_no_longer_than_patience() -> None:
     with receiving(0) as receiver:
         assert str(send(Webhook(1, receiver.url), ALERT, patience_s=0.5)).startswith("it did not")
-        assert 1 <= len(receiver.paths) <= 3
+        assert len(receiver.paths) <= 3
 
 
 @pytest.mark.usefixtures("hasty")
