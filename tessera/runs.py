@@ -508,6 +508,16 @@ def find_run(root: Root, text: str, *, kind: str | None = None) -> Run:
     raise InputError(f"No run is called {text!r} in {root.url}; there is: {known}.")
 
 
+def read_attempt(run: Run, attempt: str) -> Attempt:
+    """The attempt of that id."""
+    return _read(run.root, run.path("attempts", f"{attempt}.json"), _ATTEMPT)
+
+
+def read_ending(run: Run, attempt: str) -> Ending:
+    """How the attempt of that id ended; ``NotFoundError`` if it did not say so."""
+    return _read(run.root, run.path("attempts", f"{attempt}.end.json"), _ENDING)
+
+
 def read_text(root: Root, path: str, key: str) -> str:
     """The text under ``key`` of a small record; a ``DamagedError`` names one that has none."""
     data = root.read_json(path)

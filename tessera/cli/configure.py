@@ -180,6 +180,10 @@ def validate_one(variable: str, value: str) -> None:
         choose_price(variable=value)
     if variable in (UP_VARIABLE, DOWN_VARIABLE):
         choose_traffic_price(variable=value, name=variable)
+    if variable == "TESSERA_ALERT_WEBHOOK":
+        from tessera.tracking.webhooks import webhooks
+
+        webhooks({variable: value})
 
 
 def validate(values: Mapping[str, str]) -> None:

@@ -51,6 +51,7 @@ SETTINGS = (
     Setting("TESSERA_USD_PER_HOUR", "usd-per-hour", "Dollars an hour where no provider tells one"),
     Setting("TESSERA_USD_PER_GB_UP", "usd-per-gb-up", "Dollars for 10^9 bytes to the root"),
     Setting("TESSERA_USD_PER_GB_DOWN", "usd-per-gb-down", "Dollars for 10^9 bytes from the root"),
+    Setting("TESSERA_ALERT_WEBHOOK", "alert-webhook", "Webhooks of alerts, https://", secret=True),
 )
 _VARIABLES = frozenset(setting.variable for setting in SETTINGS)
 _OF_RENTED_MACHINES = frozenset(name for name in _VARIABLES if name.startswith("TESSERA_USD"))

@@ -1,5 +1,7 @@
 """A journal in few records: what the figures of ``tessera.tracking.queries`` are made of, no more.
 
+And what ``tessera.tracking.alerts`` are made of: the steps that were not applied, the rollbacks.
+
 A run of six days leaves hundreds of thousands of records, of which its row in a table needs some
 dozens. ``condense`` takes a stretch of an attempt's records and leaves others from which the same
 figures follow: of each metric of the lineage the furthest point, every evaluation's loss, prices,
@@ -24,7 +26,9 @@ BUDGET_PLANNED = "budget/planned"
 """The journal event with which a run that a budget ends says where its end is."""
 EVALUATED = "eval/loss"
 TRAINED = "train/loss"
-_EVENTS = frozenset({BUDGET_PLANNED, LATE})
+SKIPPED = "stability/skipped"
+ROLLED_BACK = "run/rolled_back"
+_EVENTS = frozenset({BUDGET_PLANNED, LATE, SKIPPED, ROLLED_BACK})
 _TRANSFERS = frozenset({UP_BYTES, DOWN_BYTES})
 
 

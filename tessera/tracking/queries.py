@@ -173,7 +173,7 @@ def summarise_history(
         started_at=min((i.attempt.started_at for i in history.attempts), default=record.created_at),
         ended_at=None if status == "running" else max(ends, default=record.created_at),
         step=history.upto,
-        total_steps=_planned_steps(history) or _total_steps(record.experiment, record.data),
+        total_steps=_planned_steps(history) or total_steps(record.experiment, record.data),
         live_step=live.step if live else None,
         live_loss=_live_loss(history, live),
         tokens=int(tokens) if tokens is not None and math.isfinite(tokens) else None,
@@ -286,7 +286,7 @@ def _planned_steps(history: RunHistory) -> int | None:
     return steps if isinstance(steps, int) else None
 
 
-def _total_steps(experiment: dict[str, Any], data: dict[str, Any]) -> int | None:
+def total_steps(experiment: dict[str, Any], data: dict[str, Any]) -> int | None:
     """Steps of the whole run, where the experiment or its data says so."""
     tokens, batch = experiment.get("tokens"), experiment.get("batch")
     per_step = batch.get("tokens_per_step") if isinstance(batch, dict) else None

@@ -78,7 +78,7 @@ def read_journal(run: Run, attempt: str) -> Iterator[Record]:
 def read_segment(run: Run, twins: Sequence[str], last: int, *, newest: bool) -> list[Record]:
     """The records of one segment beyond record ``last``; ``read_journal`` says what is damage."""
     path, data = copy_of(run, twins)
-    records, damage = _read(run, path, data, last, newest=newest)
+    records, damage = read_lines(run, path, data, last, newest=newest)
     if damage is not None and not (newest and len(twins) == 1 and not run.root.is_local):
         raise damage
     return records
@@ -130,12 +130,12 @@ def _is_whole(data: bytes) -> bool:
     return data.endswith(b"\n")
 
 
-def _read(
+def read_lines(
     run: Run, path: str, data: bytes, last: int, *, newest: bool
 ) -> tuple[list[Record], DamagedError | None]:
-    """What ``data`` has beyond record ``last``, up to its damage if there is any.
+    """What ``data`` of the segment ``path`` has beyond record ``last``, up to its damage if any.
 
-    Of the ``newest`` segment the end may be torn.
+    ``data`` may begin at any line. Of the ``newest`` segment the end may be torn.
     """
     records: list[Record] = []
     lines = data.split(b"\n")

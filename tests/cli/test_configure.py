@@ -87,6 +87,11 @@ def test_variables_are_tried_and_written_and_never_shown(
         ("--usd-per-hour", "many", "expected US dollars an hour"),
         ("--usd-per-gb-up", "-1", "expected US dollars for 10^9 bytes"),
         ("--access-key-id", "-", "without access-key-id"),
+        (
+            "--alert-webhook",
+            "hooks.chat/not-the-secret",
+            "Webhook 1 of TESSERA_ALERT_WEBHOOK is no",
+        ),
     ],
 )
 def test_what_cannot_be_used_is_named_and_not_written(

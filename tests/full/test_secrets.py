@@ -17,6 +17,7 @@ from tests.training.conftest import BASE, write_corpus
 
 MLFLOW_PASSWORD = "a-password-of-mlflow"
 VAST_KEY = "a-key-of-vast-ai"
+WEBHOOK_PATH = "a-path-that-is-a-secret"
 EXP = "from tessera.cli.exp import main; main()"
 
 
@@ -32,6 +33,7 @@ def test_keys_are_nowhere(tmp_path: Path) -> None:
             "TESSERA_CACHE": str(left / "cache"), "MLFLOW_TRACKING_USERNAME": "me",
             "MLFLOW_TRACKING_PASSWORD": MLFLOW_PASSWORD, "VAST_API_KEY": VAST_KEY,
             "VAST_URL": "http://127.0.0.1:9", "VAST_CONTAINERLABEL": "C.1",
+            "TESSERA_ALERT_WEBHOOK": f"http://127.0.0.1:9/services/{WEBHOOK_PATH}",
             "PYTHONPATH": str(CHECKOUT),
         }  # fmt: skip
         # Of this machine, so nothing that configure would take for a rented one.
@@ -46,6 +48,7 @@ def test_keys_are_nowhere(tmp_path: Path) -> None:
             ["-c", EXP, "list", "--json"],
             # What fails says more than what works.
             ["-m", "tessera", "train", str(left / "experiment.yaml"), "--root", "s3://none/x"],
+            ["-c", EXP, "alerts"],  # nobody listens there
         ]
         for number, command in enumerate(commands):
             done = subprocess.run(
@@ -60,8 +63,16 @@ def test_keys_are_nowhere(tmp_path: Path) -> None:
         everything = {f"root: {key}": objects.read(key) for key in keys} | {"said": said}
     for folder, _, names in os.walk(left):
         everything |= {f"{folder}/{name}": Path(folder, name).read_bytes() for name in names}
-    for kind in ("journal", "run.json", "attempts", "COMPLETE", "preflights", "mlflow.db"):
+    for kind in (
+        "journal",
+        "run.json",
+        "attempts",
+        "COMPLETE",
+        "preflights",
+        "mlflow.db",
+        "alerts",
+    ):
         assert any(kind in name for name in everything), kind
-    for secret in (store.secret_key, store.access_key, MLFLOW_PASSWORD, VAST_KEY):
+    for secret in (store.secret_key, store.access_key, MLFLOW_PASSWORD, VAST_KEY, WEBHOOK_PATH):
         found = [name for name, data in everything.items() if secret.encode() in data]
         assert not found, secret
