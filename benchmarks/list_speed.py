@@ -178,8 +178,8 @@ def measure(
         found[name] = statistics.median(taken)
         said(f"{name}: {found[name]:.2f} s")
 
-    for name, place in (("folder", root), ("S3 over HTTP", remote)):
-        command = [*_OURS, *_SHOWN, "--root", place.url]
+    for name, place in (("folder", root.url), ("S3 over HTTP", remote.url)):
+        command = [*_OURS, *_SHOWN, "--root", place]
         ask(f"tessera-exp list, {name}, first time", command, forget=True, times=1)
         ask(f"tessera-exp list, {name}", command)
     for name, place in (("SQLite", uri), ("HTTP", http)):

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tessera.cli._exp_figures import plural
 from tessera.cli._exp_view import new_console, show_table
-from tessera.storage import Root
-from tessera.tracking.alert_records import Sending, remembered_alerts
+from tessera.tracking.alert_records import Sending
 from tessera.tracking.alerts import Alert
 
 DAY_S = 24 * 3600.0
 _IN_LINE = 3
 
 
-def last_alerts_line(root: Root, now: float) -> str | None:
-    """One line about the alerts of the last day, the newest first; None if there are none.
+def last_alerts_line(alerts: Iterable[Alert], now: float) -> str | None:
+    """One line about those of the last day, the newest first; None if there are none.
 
-    ``now`` in seconds since the epoch. Costs one listing and a read of each record that this
-    machine has not read before; a damaged one is left out, `tessera-exp alerts` names it.
+    ``now`` in seconds since the epoch. An alert that is given twice counts once.
     """
-    recent = [alert for alert in remembered_alerts(root) if now - alert.at <= DAY_S]
+    by_id = {alert.id: alert for alert in alerts if now - alert.at <= DAY_S}
+    recent = sorted(by_id.values(), key=lambda alert: (-alert.at, alert.id))
     if not recent:
         return None
     shown = [f"{a.run_id} {a.short} ({ago(now - a.at)})" for a in recent[:_IN_LINE]]

@@ -24,10 +24,13 @@ from tessera.tracking.queries import summarise_history
 
 if TYPE_CHECKING:
     from tessera.cloud.refusals import Refusal
+    from tessera.tracking.alerts import Alert
 
 REFUSALS = "refusals"
 """``tessera.cloud.refusals.FOLDER``; importing that brings an HTTP client."""
-_FOLDERS = (BILLS, ANNOTATIONS, REGISTRY, REFUSALS)
+ALERTS = "alerts"
+"""``tessera.tracking.alert_records.FOLDER``, likewise."""
+_FOLDERS = (BILLS, ANNOTATIONS, REGISTRY, REFUSALS, ALERTS)
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Everything:
     rows: tuple[Listed, ...]
     damaged: tuple[str, ...]
     refusals: tuple[Refusal, ...]
+    alerts: tuple[Alert, ...]
 
 
 def read_everything(root: Root, *, fresh: bool = False, now: float | None = None) -> Everything:
@@ -67,7 +71,8 @@ def _together(
         for history in read.whole
     )
     damaged = (*(str(error) for error in read.damaged.values()), *wrong)
-    return Everything(read, rows, damaged, _refusals(contents[REFUSALS]))
+    refusals, alerts = _refusals(contents[REFUSALS]), _alerts(contents[ALERTS])
+    return Everything(read, rows, damaged, refusals, alerts)
 
 
 def _refusals(contents: Mapping[str, bytes]) -> tuple[Refusal, ...]:
@@ -76,6 +81,14 @@ def _refusals(contents: Mapping[str, bytes]) -> tuple[Refusal, ...]:
     from tessera.cloud.refusals import parse_refusals
 
     return tuple(parse_refusals(contents))
+
+
+def _alerts(contents: Mapping[str, bytes]) -> tuple[Alert, ...]:
+    if not contents:
+        return ()
+    from tessera.tracking.alert_records import parse_alerts
+
+    return tuple(parse_alerts(contents))
 
 
 @contextmanager

@@ -211,13 +211,15 @@ def _print_table(console: Any, found: Everything, rows: list[Listed], shape: Sha
 
 
 def _tell_rest(store: Root, found: Everything, rows: list[Listed], wanted: Wanted) -> None:
-    """What the table does not hold: runs that were left out, machines that carried none."""
+    """What the table does not hold: runs that were left out, what happened, refused machines."""
     from tessera.cli._exp_figures import dollars, plural
     from tessera.cli._exp_table import how_many
 
     hidden = 0 if wanted.archived else sum(row.annotated.archived for row in found.rows)
     if text := how_many(len(rows), len(found.rows), hidden):
         click.echo(f"{text}.")
+    if line := _alerts_line(found):
+        click.echo(line)
     if not wanted.is_any or not found.refusals:
         return
     from tessera.cli._refused import refused_machines
@@ -229,6 +231,20 @@ def _tell_rest(store: Root, found: Everything, rows: list[Listed], wanted: Wante
             f"Not in these: {plural(refused.machines, 'refused machine')}, "
             f"{dollars(refused.usd, refused.estimated)}{unpriced}."
         )
+
+
+def _alerts_line(found: Everything) -> str | None:
+    """What happened in the last day, recorded by somebody or not yet."""
+    from tessera.cli._exp_alerts_view import DAY_S, last_alerts_line
+    from tessera.tracking.alerts import alerts_of
+
+    now = time.time()
+    alerts = list(found.alerts)
+    rows = {row.summary.run_id: row.summary for row in found.rows}
+    for history in found.histories.whole:
+        if any(now - item.ended_at <= DAY_S for item in history.attempts):
+            alerts += alerts_of(history, rows[history.run.id], now)
+    return last_alerts_line(alerts, now)
 
 
 def _nothing(store: Root, found: Everything, wanted: Wanted) -> str:

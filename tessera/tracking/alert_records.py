@@ -18,7 +18,7 @@ import math
 import re
 import secrets
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
@@ -29,7 +29,6 @@ from tessera.errors import DamagedError
 from tessera.runs import what_is_wrong
 from tessera.storage import Root
 from tessera.tracking.alerts import ALERT_KINDS, Alert, AlertKind
-from tessera.tracking.memory import remembered
 from tessera.tracking.webhooks import Webhook, send
 
 FOLDER = "alerts"
@@ -149,13 +148,11 @@ def read_alerts(
     return sorted(alerts, key=lambda alert: (-alert.at, alert.id))
 
 
-def remembered_alerts(root: Root) -> list[Stored]:
-    """Every recorded alert, newest first, from one listing; only what is new is read.
+def parse_alerts(contents: Mapping[str, bytes]) -> list[Stored]:
+    """Every recorded alert, newest first, from the objects of ``alerts/`` by path.
 
     Records that are none are left out: ``read_alerts`` names them.
     """
-    with remembered(root) as memory:
-        contents = memory.contents(root, FOLDER)
     alerts = []
     for path, data in contents.items():
         match = _NAME.fullmatch(path)

@@ -14,11 +14,13 @@ import pytest
 
 from tessera.cli import exp_alerts
 from tessera.cli._exp_alerts_view import ago, last_alerts_line
+from tessera.cli._exp_read import ALERTS, read_everything
 from tessera.cli.common import run_command
 from tessera.cli.exp import exp
 from tessera.errors import StoreError
 from tessera.storage import Root
 from tessera.tracking import webhooks
+from tessera.tracking.alert_records import FOLDER
 
 if TYPE_CHECKING:
     from tests.tracking.fabricate import Bench
@@ -204,23 +206,41 @@ def test_a_damaged_run_is_exit_code_2_and_hides_nothing(bench: Bench, command: C
 
 
 def test_the_line_for_list(bench: Bench, command: Command) -> None:
-    assert last_alerts_line(bench.root, bench.clock()) is None
+    def line(now: float) -> str | None:
+        return last_alerts_line(read_everything(bench.root, now=now).alerts, now)
+
+    assert line(bench.clock()) is None
     smoke = died(bench)
     good = bench.finished("good")
     command()
     now = bench.clock() + 60
-    assert last_alerts_line(bench.root, now) == (
+    assert line(now) == (
         f"2 alerts in the last day: {good.id} finished at step 20 (1 min ago); "
         f"{smoke} died at step 12 (3 h ago); all: tessera-exp alerts"
     )
-    assert str(last_alerts_line(bench.root, now + 22 * 3600)).startswith("1 alert in the last day")
-    assert last_alerts_line(bench.root, now + 48 * 3600) is None
+    assert str(line(now + 22 * 3600)).startswith("1 alert in the last day")
+    assert line(now + 48 * 3600) is None
     for name in ("c", "d", "e"):
         bench.finished(name)
     command()
-    line = str(last_alerts_line(bench.root, bench.clock()))
-    assert line.startswith("5 alerts in the last day: e-")
-    assert line.endswith("; 2 more; all: tessera-exp alerts")
+    found = str(line(bench.clock()))
+    assert found.startswith("5 alerts in the last day: e-")
+    assert found.endswith("; 2 more; all: tessera-exp alerts")
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_list_tells_what_happened_today(
+    bench: Bench, command: Command, capfd: pytest.CaptureFixture[str], recorded: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("tessera.cli.exp_list.time", SimpleNamespace(time=bench.clock))
+    smoke = died(bench)
+    if recorded:
+        command()
+        capfd.readouterr()
+    assert run_command(exp, ["list", "--root", bench.root.url]) == 0
+    out = capfd.readouterr().out
+    assert f"1 alert in the last day: {smoke} died at step 12 (" in out
 
 
 @pytest.mark.parametrize(
@@ -232,16 +252,16 @@ def test_ago(seconds: float, said: str) -> None:
     assert ago(seconds) == said
 
 
-def test_the_line_reads_a_record_once(
-    bench: Bench, command: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_damaged_record_is_left_out_of_the_line(bench: Bench, command: Command) -> None:
     bench.finished()
     command()
     bench.root.publish("alerts/base/died-1-ab.json", b"nonsense")
-    line = last_alerts_line(bench.root, bench.clock())
-    assert str(line).startswith("1 alert in the last day: base-")
-    monkeypatch.setattr(Root, "read_bytes", lambda *_: pytest.fail("it was read again"))
-    assert last_alerts_line(bench.root, bench.clock()) == line
+    found = read_everything(bench.root, now=bench.clock()).alerts
+    assert str(last_alerts_line(found, bench.clock())).startswith("1 alert in the last day: base-")
+
+
+def test_the_folder_of_alerts_is_the_one_they_are_written_to() -> None:
+    assert ALERTS == FOLDER
 
 
 def test_a_damaged_alert_is_named_and_hides_nothing(bench: Bench, command: Command) -> None:

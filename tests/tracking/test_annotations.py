@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tessera.errors import DamagedError, InputError
@@ -49,6 +49,7 @@ def test_an_empty_note_and_a_tag_without_a_value_take_it_back(root: Root) -> Non
     assert read_all_annotations(root)["a-1"] == Annotated(None, {"empty": ""}, False)
 
 
+@settings(deadline=None)  # it writes files
 @given(st.permutations(range(4)))
 def test_the_order_in_which_records_are_read_does_not_matter(order: list[int]) -> None:
     import tempfile
