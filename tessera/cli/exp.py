@@ -20,6 +20,7 @@ from tessera.cli.common import (
 )
 from tessera.cli.completion import completion_command
 from tessera.cli.run_names import run_argument
+from tessera.cli.exp_report import report
 
 _tracking_option = click.option(
     "--tracking-uri",
@@ -195,6 +196,7 @@ def reconcile(root: str, provider: str | None, yes: bool, as_json: bool) -> int:
     return max(codes, default=0) or code or (_IDLE if found.idle else 0)
 
 
+exp.add_command(report)
 _IDLE = 3
 
 

@@ -1,0 +1,265 @@
+"""The charts of the page, each with a sentence that says its figures and a table of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from tessera.tracking.report import svg
+from tessera.tracking.report.content import Curve, Point, Report
+from tessera.tracking.report.curves import BITS, EVAL, MFU, SPEED, TRAIN
+from tessera.tracking.report.words import (
+    count,
+    dollars,
+    figure,
+    hours,
+    percent,
+    plural,
+    short,
+)
+
+ROWS = 40
+"""Rows of one curve in a chart's table, at most."""
+_EARLY = 0.03  # share of the axis whose points may lie above the frame
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells of a table; ``numeric`` are the columns that are set to the right."""
+
+    caption: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    numeric: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A drawing, its sentence and its table; ``note`` is what a reader should know of it."""
+
+    id: str
+    title: str
+    sentence: str
+    note: str
+    drawing: str
+    table: Table
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What the points are drawn against."""
+
+    id: str
+    label: str
+    of: Callable[[Point], float | None]
+    tick: Callable[[float], str]
+    words: Callable[[float], str]
+
+
+TOKENS = Axis("tokens", "tokens", lambda p: p.tokens, short, lambda v: f"{count(v)} tokens")
+HOURS = Axis("hours", "billed hours", lambda p: p.hours, lambda v: f"{v:.6g}", hours)
+DOLLARS = Axis("dollars", "US dollars", lambda p: p.usd, lambda v: f"${v:.6g}", dollars)
+AXES = (TOKENS, HOURS, DOLLARS)
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A chart's value: its curves by name and how a value is written."""
+
+    id: str
+    title: str
+    unit: str
+    curves: Mapping[str, Curve]
+    words: Callable[[float | None], str]
+    reference: tuple[str, float] | None = None
+    from_zero: bool = False
+
+
+def loss_charts(report: Report) -> list[Chart]:
+    """Loss against tokens, billed hours and dollars; empty where no loss is recorded."""
+    named = {"training": TRAIN, "evaluation": EVAL}
+    curves = {name: report.curves[key] for name, key in named.items() if key in report.curves}
+    summary, reference = report.summary, None
+    if summary.base_loss is not None:
+        reference = ("base model", summary.base_loss)
+    elif summary.unigram_entropy is not None:
+        reference = ("unigram entropy", summary.unigram_entropy)
+    subject = _Subject("loss", "Loss", "nats a token", curves, figure, reference)
+    return _against_all(subject)
+
+
+def bits_charts(report: Report) -> list[Chart]:
+    """Bits per byte against tokens, billed hours and dollars; empty where none are recorded."""
+    curves = {"evaluation": report.curves[BITS]} if BITS in report.curves else {}
+    return _against_all(_Subject("bits", "Bits per byte", "bits a byte", curves, figure))
+
+
+def speed_charts(report: Report) -> list[Chart]:
+    """Throughput and MFU over billed hours, as far as they are recorded."""
+    found = []
+    for key, subject in (
+        (SPEED, _Subject("speed", "Throughput", "tokens a second", {}, count, from_zero=True)),
+        (MFU, _Subject("mfu", "MFU", "of the peak", {}, percent, from_zero=True)),
+    ):
+        if key in report.curves:
+            curves = {subject.title.lower() if key == SPEED else "MFU": report.curves[key]}
+            full = _Subject(**{**subject.__dict__, "curves": curves})
+            found += _chart(full, HOURS)
+    return found
+
+
+def _against_all(subject: _Subject) -> list[Chart]:
+    return [chart for axis in AXES for chart in _chart(subject, axis)]
+
+
+def _chart(subject: _Subject, axis: Axis) -> list[Chart]:
+    """The chart, or none where nothing can be placed on the axis."""
+    placed = {
+        name: curve
+        for name, curve in subject.curves.items()
+        if any(axis.of(point) is not None for point in curve.points)
+    }
+    if not placed:
+        return []
+    name = f"{subject.id}-{axis.id}"
+    title = f"{subject.title} against {axis.label}"
+    sentence = " ".join(_sentence(n, curve, subject, axis) for n, curve in placed.items())
+    if subject.reference:
+        sentence += f" {subject.reference[0].capitalize()}: {subject.words(subject.reference[1])}."
+    with svg.drawing(name):
+        canvas, above = _draw(subject, placed, axis)
+        drawing = svg.inline(canvas, name, title, sentence)
+    table = _table(title, subject, placed, axis)
+    return [Chart(name, title, sentence, _note(placed, above, subject), drawing, table)]
+
+
+def _sentence(name: str, curve: Curve, subject: _Subject, axis: Axis) -> str:
+    def at(point: Point) -> str:
+        place = axis.of(point)
+        where = "" if place is None else f" at {axis.words(place)}"
+        return f"{subject.words(point.value)}{where}"
+
+    first, last, lowest, highest = curve.first, curve.last, curve.lowest, curve.highest
+    if first is None or last is None or lowest is None or highest is None:
+        return f"{_capital(name)}: no number among {plural(curve.total, 'point')}."
+    if first is last:
+        return f"{_capital(name)}: {at(first)}, the only number."
+    return (
+        f"{_capital(name)}: from {at(first)} to {at(last)}; lowest {at(lowest)}, "
+        f"highest {at(highest)}."
+    )
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _note(placed: Mapping[str, Curve], above: float | None, subject: _Subject) -> str:
+    parts = []
+    for name, curve in placed.items():
+        if curve.not_finite:
+            are = "is" if curve.not_finite == 1 else "are"
+            what = plural(curve.not_finite, "point")
+            parts.append(f"{what} of {name} {are} no number, marked × at the upper edge.")
+        if len(curve.points) < curve.total:
+            parts.append(
+                f"{_capital(name)}: {len(curve.points):,} of {curve.total:,} points, the lowest "
+                "and the highest of each stretch."
+            )
+    if above is not None:
+        parts.append(f"The first steps lie above the frame, up to {subject.words(above)}.")
+    return " ".join(parts)
+
+
+def _draw(
+    subject: _Subject, placed: Mapping[str, Curve], axis: Axis
+) -> tuple[svg.Canvas, float | None]:
+    canvas = svg.Canvas(3.1)
+    axes = canvas.axes
+    for name, curve in placed.items():
+        dense = name != "evaluation"
+        shown = [(x, p.value) for p in curve.numbers if (x := axis.of(p)) is not None]
+        axes.plot(
+            [x for x, _ in shown], [y for _, y in shown], label=name,
+            color=svg.TRAIN if dense else svg.EVAL, linewidth=1.2 if dense else 2.0,
+            marker="o" if len(shown) == 1 or (not dense and len(shown) <= 40) else "",
+            markersize=4.0, zorder=2 if dense else 3,
+        )  # fmt: skip
+        odd = [x for p in curve.points if not p.finite and (x := axis.of(p)) is not None]
+        if odd:
+            axes.plot(
+                odd, [0.97] * len(odd), transform=axes.get_xaxis_transform(), linestyle="",
+                marker="x", color=svg.BAD, markersize=7, label=f"{name}: no number",
+            )  # fmt: skip
+    if subject.reference:
+        name, level = subject.reference
+        axes.axhline(
+            level, color=svg.REFERENCE, linewidth=1.2, linestyle=(0, (4, 3)), label=name, zorder=1
+        )
+    above = _frame(canvas, subject, placed, axis)
+    axes.set_xlabel(axis.label)
+    axes.set_title(subject.unit, loc="left", color=svg.FAINT)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_locator(MaxNLocator(6))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: axis.tick(v)))
+    if subject.id == "mfu":
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.3g} %"))
+    elif subject.id == "speed":
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: short(v)))
+    if len(axes.get_legend_handles_labels()[0]) > 1:
+        axes.legend(loc="upper right")
+    return canvas, above
+
+
+def _frame(
+    canvas: svg.Canvas, subject: _Subject, placed: Mapping[str, Curve], axis: Axis
+) -> float | None:
+    """Fit the frame to what follows the first steps; returns what lies above it, if anything."""
+    points = [
+        (x, p.value) for c in placed.values() for p in c.numbers if (x := axis.of(p)) is not None
+    ]
+    if not points:
+        return None
+    left, right = min(x for x, _ in points), max(x for x, _ in points)
+    later = [y for x, y in points if x >= left + _EARLY * (right - left)] or [y for _, y in points]
+    top, bottom = max(y for _, y in points), min(y for _, y in points)
+    if subject.from_zero:
+        canvas.axes.set_ylim(0, top * 1.08 if top > 0 else 1)
+        return None
+    high = max([*later, *([subject.reference[1]] if subject.reference else [])])
+    low = min([bottom, *([subject.reference[1]] if subject.reference else [])])
+    if top - low <= 1.25 * (high - low) or high <= low:
+        return None
+    canvas.axes.set_ylim(low - 0.05 * (high - low), high + 0.12 * (high - low))
+    return top
+
+
+def _table(title: str, subject: _Subject, placed: Mapping[str, Curve], axis: Axis) -> Table:
+    rows = []
+    for name, curve in placed.items():
+        for point in sample(curve):
+            place = axis.of(point)
+            rows.append(
+                (
+                    name,
+                    count(point.step),
+                    "–" if place is None else axis.words(place).removesuffix(" tokens"),
+                    subject.words(point.value),
+                )
+            )
+    columns = ("curve", "step", axis.label, subject.unit)
+    return Table(title, columns, tuple(rows), numeric=(1, 2, 3))
+
+
+def sample(curve: Curve, most: int = ROWS) -> Sequence[Point]:
+    """Points for a table: evenly spread, with the first, the last, the lowest and what is odd."""
+    points = curve.points
+    if len(points) <= most:
+        return points
+    step = (len(points) - 1) / (most - 6)
+    kept = {round(index * step) for index in range(most - 5)}
+    kept |= {index for index, point in enumerate(points) if point is curve.lowest}
+    kept |= set([index for index, point in enumerate(points) if not point.finite][:3])
+    return [points[index] for index in sorted(kept)]
