@@ -15,9 +15,10 @@ from tessera.tracking.report.words import (
     dollars,
     figure,
     hours,
+    listed,
     percent,
     plural,
-    short,
+    tick,
 )
 
 ROWS = 40
@@ -27,41 +28,54 @@ _EARLY = 0.03  # share of the axis whose points may lie above the frame
 
 @dataclass(frozen=True)
 class Table:
-    """Cells of a table; ``numeric`` are the columns that are set to the right."""
+    """Cells of a table; ``numeric`` columns are set to the right, ``whole`` ones never broken."""
 
     caption: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     numeric: tuple[int, ...] = ()
+    whole: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing, its sentence and its table; ``note`` is what a reader should know of it."""
+    """A drawing, its sentence and its table.
+
+    ``sentence`` says what the drawing shows to those who do not see it, ``caption`` stands below
+    it: the figures that matter most, and what a reader should know of it.
+    """
 
     id: str
     title: str
+    unit: str
     sentence: str
-    note: str
+    caption: str
     drawing: str
     table: Table
 
 
 @dataclass(frozen=True)
 class Axis:
-    """What the points are drawn against."""
+    """What the points are drawn against; ``unit`` is one mark of ``label`` in units of ``of``."""
 
     id: str
     label: str
     of: Callable[[Point], float | None]
     tick: Callable[[float], str]
     words: Callable[[float], str]
+    unit: float = 1.0
 
 
-TOKENS = Axis("tokens", "tokens", lambda p: p.tokens, short, lambda v: f"{count(v)} tokens")
-HOURS = Axis("hours", "billed hours", lambda p: p.hours, lambda v: f"{v:.6g}", hours)
-DOLLARS = Axis("dollars", "US dollars", lambda p: p.usd, lambda v: f"${v:.6g}", dollars)
-AXES = (TOKENS, HOURS, DOLLARS)
+TOKENS = Axis("tokens", "tokens", lambda p: p.tokens, tick, lambda v: f"{count(v)} tokens")
+HOURS = Axis("hours", "billed hours", lambda p: p.hours, tick, hours)
+MINUTES = Axis("hours", "billed minutes", lambda p: p.hours, tick, hours, 1 / 60)
+DOLLARS = Axis("dollars", "US dollars", lambda p: p.usd, lambda v: f"${tick(v)}", dollars)
+
+
+def _time(curves: Mapping[str, Curve]) -> Axis:
+    """Hours; minutes for a run of less than one and a half."""
+    last = max((p.hours for c in curves.values() for p in c.points), default=0.0)
+    return HOURS if last >= 1.5 else MINUTES
 
 
 @dataclass(frozen=True)
@@ -106,12 +120,13 @@ def speed_charts(report: Report) -> list[Chart]:
         if key in report.curves:
             curves = {subject.title.lower() if key == SPEED else "MFU": report.curves[key]}
             full = _Subject(**{**subject.__dict__, "curves": curves})
-            found += _chart(full, HOURS)
+            found += _chart(full, _time(curves))
     return found
 
 
 def _against_all(subject: _Subject) -> list[Chart]:
-    return [chart for axis in AXES for chart in _chart(subject, axis)]
+    axes = (TOKENS, _time(subject.curves), DOLLARS)
+    return [chart for axis in axes for chart in _chart(subject, axis)]
 
 
 def _chart(subject: _Subject, axis: Axis) -> list[Chart]:
@@ -125,14 +140,17 @@ def _chart(subject: _Subject, axis: Axis) -> list[Chart]:
         return []
     name = f"{subject.id}-{axis.id}"
     title = f"{subject.title} against {axis.label}"
-    sentence = " ".join(_sentence(n, curve, subject, axis) for n, curve in placed.items())
+    told = [_sentence(n, curve, subject, axis) for n, curve in placed.items()]
+    sentence = " ".join(told)
     if subject.reference:
         sentence += f" {subject.reference[0].capitalize()}: {subject.words(subject.reference[1])}."
     with svg.drawing(name):
         canvas, above = _draw(subject, placed, axis)
         drawing = svg.inline(canvas, name, title, sentence)
     table = _table(title, subject, placed, axis)
-    return [Chart(name, title, sentence, _note(placed, above, subject), drawing, table)]
+    (shown, curve), *_ = reversed(placed.items())
+    caption = " ".join([_short(shown, curve, subject, axis), *_notes(placed, above, subject)])
+    return [Chart(name, title, subject.unit, sentence, caption, drawing, table)]
 
 
 def _sentence(name: str, curve: Curve, subject: _Subject, axis: Axis) -> str:
@@ -152,11 +170,26 @@ def _sentence(name: str, curve: Curve, subject: _Subject, axis: Axis) -> str:
     )
 
 
+def _short(name: str, curve: Curve, subject: _Subject, axis: Axis) -> str:
+    """What a reader wants to know of the curve first: its end, and its best if that is another."""
+    last = curve.last
+    best = curve.highest if subject.from_zero else curve.lowest
+    if last is None or best is None:
+        return f"{_capital(name)}: no number."
+    text = f"{_capital(name)}: {subject.words(last.value)} at the end"
+    place = axis.of(best)
+    if best is not last and place is not None:
+        which = "highest" if subject.from_zero else "lowest"
+        text += f", {which} {subject.words(best.value)} at {axis.words(place)}"
+    return f"{text}."
+
+
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _note(placed: Mapping[str, Curve], above: float | None, subject: _Subject) -> str:
+def _notes(placed: Mapping[str, Curve], above: Mapping[str, float], subject: _Subject) -> list[str]:
+    """What a reader should know of the drawing."""
     parts = []
     for name, curve in placed.items():
         if curve.not_finite:
@@ -168,72 +201,86 @@ def _note(placed: Mapping[str, Curve], above: float | None, subject: _Subject) -
                 f"{_capital(name)}: {len(curve.points):,} of {curve.total:,} points, the lowest "
                 "and the highest of each stretch."
             )
-    if above is not None:
-        parts.append(f"The first steps lie above the frame, up to {subject.words(above)}.")
-    return " ".join(parts)
+    if above:
+        outside = [f"{what} {subject.words(value)}" for what, value in above.items()]
+        parts.append(f"Above the frame: {listed(outside)}.")
+    return parts
 
 
 def _draw(
     subject: _Subject, placed: Mapping[str, Curve], axis: Axis
-) -> tuple[svg.Canvas, float | None]:
+) -> tuple[svg.Canvas, dict[str, float]]:
     canvas = svg.Canvas(3.1)
     axes = canvas.axes
     for name, curve in placed.items():
-        dense = name != "evaluation"
-        shown = [(x, p.value) for p in curve.numbers if (x := axis.of(p)) is not None]
+        background = name != "evaluation" and len(placed) > 1
+        shown = [(x / axis.unit, p.value) for p in curve.numbers if (x := axis.of(p)) is not None]
         axes.plot(
             [x for x, _ in shown], [y for _, y in shown], label=name,
-            color=svg.TRAIN if dense else svg.EVAL, linewidth=1.2 if dense else 2.0,
-            marker="o" if len(shown) == 1 or (not dense and len(shown) <= 40) else "",
-            markersize=4.0, zorder=2 if dense else 3,
+            color=svg.TRAIN if background else svg.EVAL,
+            linewidth=1.8 if len(shown) <= 300 else 1.1,
+            marker="o" if len(shown) == 1 or (name == "evaluation" and len(shown) <= 40) else "",
+            markersize=3.6, zorder=2 if background else 3,
         )  # fmt: skip
-        odd = [x for p in curve.points if not p.finite and (x := axis.of(p)) is not None]
+        odd = [
+            x / axis.unit for p in curve.points if not p.finite and (x := axis.of(p)) is not None
+        ]
         if odd:
             axes.plot(
                 odd, [0.97] * len(odd), transform=axes.get_xaxis_transform(), linestyle="",
                 marker="x", color=svg.BAD, markersize=7, label=f"{name}: no number",
             )  # fmt: skip
-    if subject.reference:
+    above = _frame(canvas, subject, placed, axis)
+    if subject.reference and subject.reference[0] not in above:
         name, level = subject.reference
         axes.axhline(
             level, color=svg.REFERENCE, linewidth=1.2, linestyle=(0, (4, 3)), label=name, zorder=1
         )
-    above = _frame(canvas, subject, placed, axis)
     axes.set_xlabel(axis.label)
-    axes.set_title(subject.unit, loc="left", color=svg.FAINT)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.yaxis.set_major_locator(MaxNLocator(6))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: axis.tick(v)))
     if subject.id == "mfu":
         axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.3g} %"))
     elif subject.id == "speed":
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: short(v)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: tick(v)))
     if len(axes.get_legend_handles_labels()[0]) > 1:
-        axes.legend(loc="upper right")
+        axes.legend(
+            loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=4, handlelength=1.2,
+            columnspacing=1.0, handletextpad=0.5, borderaxespad=0.1, borderpad=0.2,
+        )  # fmt: skip
     return canvas, above
 
 
 def _frame(
     canvas: svg.Canvas, subject: _Subject, placed: Mapping[str, Curve], axis: Axis
-) -> float | None:
-    """Fit the frame to what follows the first steps; returns what lies above it, if anything."""
+) -> dict[str, float]:
+    """Fit the frame to what follows the first steps; returns what lies above it, by name."""
     points = [
         (x, p.value) for c in placed.values() for p in c.numbers if (x := axis.of(p)) is not None
     ]
     if not points:
-        return None
+        return {}
     left, right = min(x for x, _ in points), max(x for x, _ in points)
     later = [y for x, y in points if x >= left + _EARLY * (right - left)] or [y for _, y in points]
-    top, bottom = max(y for _, y in points), min(y for _, y in points)
+    top, low, high = max(y for _, y in points), min(y for _, y in points), max(later)
     if subject.from_zero:
         canvas.axes.set_ylim(0, top * 1.08 if top > 0 else 1)
-        return None
-    high = max([*later, *([subject.reference[1]] if subject.reference else [])])
-    low = min([bottom, *([subject.reference[1]] if subject.reference else [])])
-    if top - low <= 1.25 * (high - low) or high <= low:
-        return None
-    canvas.axes.set_ylim(low - 0.05 * (high - low), high + 0.12 * (high - low))
-    return top
+        return {}
+    above = {}
+    if subject.reference is not None:
+        name, level = subject.reference
+        if level - low > 2.5 * max(high - low, 1e-9):
+            above[name] = level
+        else:
+            low, high = min(low, level), max(high, level)
+    if top - low > 1.25 * (high - low) and high > low:
+        above = {"the first steps, up to": top} | above
+    else:
+        high = top
+    if above and high > low:
+        canvas.axes.set_ylim(low - 0.05 * (high - low), high + 0.12 * (high - low))
+    return above
 
 
 def _table(title: str, subject: _Subject, placed: Mapping[str, Curve], axis: Axis) -> Table:

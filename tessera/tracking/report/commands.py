@@ -35,7 +35,7 @@ def reproduce(report: Report) -> list[str]:
     lines += report.extras.base_commands
     settings = {}
     if corpus is not None:
-        settings["data.fingerprint"] = report.fingerprint
+        settings["data.fingerprint"] = report.fingerprint[:16]
     if report.base is not None:
         settings["base"] = report.base.get("run_id", "")
     options = "".join(f" --set {shlex.quote(f'{key}={value}')}" for key, value in settings.items())

@@ -42,8 +42,8 @@ def spent_chart(report: Report) -> Chart | None:
     order = [name for name in (*CATEGORIES, TRAFFIC) if figures.get(name, 0.0) > 0]
     parts = [f"{category(n)} {words(figures[n])} ({percent(figures[n] / total)})" for n in order]
     what = "Billed time" if usd is None else "Dollars"
-    sentence = f"{what}: {words(total)} in all: {listed(parts)}."
-    title = "Where each dollar went" if usd is not None else "Where the time went"
+    sentence = f"{what}: {words(total)} in all. Of it {listed(parts)}."
+    title = "Billed time by category" if usd is None else "Dollars by category"
     with svg.drawing("spent"):
         canvas = svg.Canvas(0.5 + 0.36 * len(order))
         axes = canvas.axes
@@ -62,15 +62,20 @@ def spent_chart(report: Report) -> Chart | None:
         axes.spines["bottom"].set_visible(False)
         axes.grid(visible=False)
         drawing = svg.inline(canvas, "spent", title, sentence)
-    note = ""
+    notes = []
     if rough:
-        note = "~ marks dollars that rest on an estimated end or a price that nobody confirmed."
+        notes.append(
+            "~ marks dollars that rest on an estimated end or a price that nobody confirmed."
+        )
     elif usd is None:
-        note = "Nobody told the price of an hour, so there are no dollars."
-    return Chart("spent", title, sentence, note, drawing, _spent_table(report, title))
+        notes.append("Nobody told the price of an hour, so there are no dollars.")
+    if "lost" in order:
+        notes.append("Lost are steps that were computed again, after a preemption or a rollback.")
+    caption = " ".join(notes)
+    return Chart("spent", title, "", sentence, caption, drawing, _spent_table(report))
 
 
-def _spent_table(report: Report, title: str) -> Table:
+def _spent_table(report: Report) -> Table:
     """All categories with time and dollars, and their sums."""
     usd, summary = report.usd_by_category, report.summary
     estimated = summary.cost_estimated
@@ -84,7 +89,12 @@ def _spent_table(report: Report, title: str) -> Table:
     seconds = sum(summary.seconds.values())
     share = percent(1.0) if total else "–"
     rows.append(("total", duration(seconds), dollars(summary.cost_usd, estimated), share))
-    return Table(title, ("category", "time", "dollars", "share"), tuple(rows), numeric=(1, 2, 3))
+    return Table(
+        "Time and dollars by category",
+        ("category", "time", "dollars", "share"),
+        tuple(rows),
+        numeric=(1, 2, 3),
+    )
 
 
 def price_words(attempt: AttemptSummary) -> str:
@@ -106,10 +116,13 @@ def timeline_chart(report: Report) -> Chart | None:
     sentence = f"{plural(len(stays), 'attempt')}: " + "; ".join(map(_told, shown)) + "."
     with svg.drawing("timeline"):
         drawing = svg.inline(_draw(shown, began), "timeline", "Attempts over time", sentence)
-    note = f"The last {BARS} of {len(stays)} attempts are drawn." if len(stays) > BARS else ""
+    notes = ["Pale: billed before the process started."]
+    if len(stays) > BARS:
+        notes.append(f"The last {BARS} of {len(stays)} attempts are drawn.")
     if any(stay.attempt.estimated for stay in stays):
-        note += " ~ marks an end that nobody told: the last sign of life counts."
-    return Chart("timeline", "Attempts over time", sentence, note.strip(), drawing, _table(stays))
+        notes.append("~ marks an end that nobody told: the last sign of life counts.")
+    title, caption = "Attempts over time", " ".join(notes)
+    return Chart("timeline", title, "", sentence, caption, drawing, attempts_table(stays))
 
 
 def _begin(stay: Stay) -> float:
@@ -149,7 +162,7 @@ def _draw(shown: tuple[Stay, ...], began: float) -> svg.Canvas:
         label = f"{number}  {price_words(a)} · {rough}{a.status.replace('_', ' ')}"
         left = f"{label} · {dollars(a.usd, a.usd_estimated)}"
         axes.text(0.0, row - 0.16, left, transform=axes.get_yaxis_transform(), va="center")
-        device = svg.plain(a.device, 22)
+        device = svg.plain(a.device.replace("NVIDIA ", ""), 20)
         axes.text(
             1.0, row - 0.16, device, transform=axes.get_yaxis_transform(), va="center", ha="right",
             color=svg.FAINT,
@@ -162,7 +175,27 @@ def _draw(shown: tuple[Stay, ...], began: float) -> svg.Canvas:
     return canvas
 
 
-def _table(stays: tuple[Stay, ...]) -> Table:
+def attempts_table(stays: tuple[Stay, ...]) -> Table:
+    """What became of each attempt, and what it cost."""
+    rows = []
+    for stay in stays:
+        a = stay.attempt
+        rows.append(
+            (
+                a.attempt,
+                a.status.replace("_", " ") + (f": {a.reason}" if a.reason else ""),
+                "start" if a.resumed_from is None else f"step {a.resumed_from:,}",
+                price_words(a),
+                duration(sum(end - start for start, end in stay.billed)),
+                dollars(a.usd, a.usd_estimated),
+            )
+        )
+    columns = ("attempt", "outcome", "continues", "price", "billed", "dollars")
+    return Table("Attempts", columns, tuple(rows), numeric=(3, 4, 5), whole=(0, 2))
+
+
+def machines_table(stays: tuple[Stay, ...]) -> Table:
+    """Where each attempt ran and when, and who told its price."""
     rows = []
     for stay in stays:
         a = stay.attempt
@@ -170,20 +203,16 @@ def _table(stays: tuple[Stay, ...]) -> Table:
         rows.append(
             (
                 a.attempt,
-                a.status.replace("_", " ") + (f": {a.reason}" if a.reason else ""),
                 a.device,
                 f"{a.provider}/{a.instance}" + (f" ({a.machine})" if a.machine else ""),
-                price_words(a),
-                a.price_source,
+                a.price_source + (f": {a.price_note}" if a.price_note else ""),
+                a.billed_from_source,
                 moment(a.started_at),
                 "running" if a.status == "running" else end,
-                duration(sum(e - s for s, e in stay.billed)),
-                dollars(a.usd, a.usd_estimated),
-                "start" if a.resumed_from is None else f"step {a.resumed_from:,}",
             )
         )
     columns = (
-        "attempt", "outcome", "device", "instance", "price", "price from", "started", "ended",
-        "billed", "dollars", "continues",
+        "attempt", "device", "instance", "price told by", "bill's start told by", "started",
+        "ended",
     )  # fmt: skip
-    return Table("Attempts", columns, tuple(rows), numeric=(4, 8, 9))
+    return Table("Machines", columns, tuple(rows), whole=(0, 5, 6))

@@ -12,7 +12,7 @@ from tessera.tracking.report import words
 from tessera.tracking.report.charts import Table, bits_charts, loss_charts, speed_charts
 from tessera.tracking.report.commands import experiment_file, experiment_yaml, remarks, reproduce
 from tessera.tracking.report.content import Answer, Corpus, Report
-from tessera.tracking.report.money_charts import spent_chart, timeline_chart
+from tessera.tracking.report.money_charts import machines_table, spent_chart, timeline_chart
 
 VERDICTS = {"fatal": "fatal", "no_answer": "no answer", "fail": "fail", "pass": "pass"}
 """Verdicts of an interview, the worst first, and their names."""
@@ -45,6 +45,7 @@ def _content(report: Report) -> dict[str, Any]:
         "speed": speed_charts(report),
         "spent": spent_chart(report),
         "timeline": timeline_chart(report),
+        "machines": machines_table(report.stays),
         "happenings": _happenings(report),
         "corpus": corpus,
         "sources": _sources(corpus) if corpus and corpus.sources else None,
@@ -83,7 +84,8 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
         progress += f" of {run.total_steps:,}"
     tiles.append(("Tokens", words.short(run.tokens), progress))
     attempts = words.plural(run.attempts, "attempt")
-    tiles.append(("Time", words.duration(run.wall_s), f"in {attempts}"))
+    billed = sum(run.seconds.values())
+    tiles.append(("Billed time", words.long_hours(billed), f"in {attempts}"))
     mfu = report.curves.get("train/mfu")
     share = f"MFU {words.percent(mfu.last.value)}" if mfu is not None and mfu.last else ""
     speed = "–" if run.tokens_per_s is None else words.count(run.tokens_per_s)
@@ -97,7 +99,9 @@ def _happenings(report: Report) -> Table | None:
     rows = tuple(
         (words.moment(h.at), h.attempt, words.count(h.step), h.what) for h in report.happenings
     )
-    return Table("What happened", ("when", "attempt", "step", "what"), rows, numeric=(2,))
+    return Table(
+        "What happened", ("when", "attempt", "step", "what"), rows, numeric=(2,), whole=(0, 1)
+    )
 
 
 def _sources(corpus: Corpus) -> Table:
@@ -120,7 +124,7 @@ def _sources(corpus: Corpus) -> Table:
         "source", "licence", "language", "synthetic", "documents in", "kept", "training tokens",
         "share", "from",
     )  # fmt: skip
-    return Table("Sources and licences", columns, tuple(rows), numeric=(4, 5, 6, 7))
+    return Table("Sources and licences", columns, tuple(rows), numeric=(4, 5, 6, 7), whole=(2, 3))
 
 
 def worst_first(answers: tuple[Answer, ...]) -> list[Answer]:

@@ -26,16 +26,16 @@ _CSS = {
     EVAL: "--strong", REFERENCE: "--reference", GOOD: "--good", WARN: "--warn", BAD: "--bad",
     LIVE: "--live",
 }  # fmt: skip
-WIDTH_IN = 5.0
-"""Width of every drawing: 360 points, which a phone shows about as large as they are."""
+WIDTH_IN = 4.7
+"""Width of every drawing: 338 points, which a phone shows about as large as they are."""
 _STYLE = {
-    "svg.fonttype": "none", "text.parse_math": False, "font.size": 10.0, "axes.edgecolor": FAINT,
+    "svg.fonttype": "none", "text.parse_math": False, "font.size": 10.5, "axes.edgecolor": FAINT,
     "axes.labelcolor": FAINT, "xtick.color": FAINT, "ytick.color": FAINT, "text.color": INK,
     "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False,
     "axes.grid": True, "axes.grid.axis": "y", "grid.color": GRID, "grid.linewidth": 0.8,
     "ytick.major.size": 0.0, "xtick.major.size": 3.0, "axes.axisbelow": True,
-    "axes.linewidth": 0.8, "legend.frameon": False, "legend.fontsize": 9.5,
-    "axes.titlesize": 10.0, "figure.facecolor": "none", "axes.facecolor": "none",
+    "axes.linewidth": 0.8, "legend.frameon": False, "legend.fontsize": 10.0,
+    "axes.titlesize": 10.5, "figure.facecolor": "none", "axes.facecolor": "none",
     "savefig.facecolor": "none", "path.simplify": True, "path.simplify_threshold": 0.3,
     "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"],
 }  # fmt: skip

@@ -44,6 +44,11 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600:,} h {whole % 3600 // 60:02d} min"
 
 
+def long_hours(seconds: float) -> str:
+    """Hours with one decimal from ten on, else as ``duration``."""
+    return f"{seconds / 3600:,.1f} h" if seconds >= 36_000 else duration(seconds)
+
+
 def hours(value: float) -> str:
     """Hours as a length of time."""
     return duration(value * 3600)
@@ -78,6 +83,14 @@ def short(value: float | None) -> str:
         if abs(value) >= unit:
             return f"{value / unit:.1f} {letter}"
     return f"{value:.0f}"
+
+
+def tick(value: float) -> str:
+    """A mark on an axis: ``2.5``, ``400 k``, ``24 B``, ``0.00006``; no exponents."""
+    for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= unit:
+            return f"{value / unit:.4g} {letter}"
+    return f"{value:.8f}".rstrip("0").rstrip(".") or "0"
 
 
 def moment(seconds: float) -> str:
