@@ -7,7 +7,7 @@ from dataclasses import asdict
 import click
 
 from tessera import __version__
-from tessera.cli import exp_alerts, exp_compare, exp_list, exp_notes, exp_tail
+from tessera.cli import exp_alerts, exp_compare, exp_list, exp_notes, exp_report, exp_tail
 from tessera.cli.common import (
     epilog,
     json_option,
@@ -20,7 +20,6 @@ from tessera.cli.common import (
 )
 from tessera.cli.completion import completion_command
 from tessera.cli.run_names import run_argument
-from tessera.cli.exp_report import report
 
 _tracking_option = click.option(
     "--tracking-uri",
@@ -45,7 +44,7 @@ def exp() -> None:
 
 for _command in (
     exp_list.list_, *exp_compare.COMMANDS, *exp_notes.COMMANDS, exp_alerts.alerts, exp_tail.tail,
-    completion_command("tessera-exp"),
+    exp_report.report, completion_command("tessera-exp"),
 ):  # fmt: skip
     exp.add_command(_command)
 
@@ -196,7 +195,6 @@ def reconcile(root: str, provider: str | None, yes: bool, as_json: bool) -> int:
     return max(codes, default=0) or code or (_IDLE if found.idle else 0)
 
 
-exp.add_command(report)
 _IDLE = 3
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tessera.cli.common import epilog, root_option
+from tessera.cli.run_names import run_argument
 
 if TYPE_CHECKING:
     from tessera.runs import Run
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
         "tessera-exp report tessera-1b --root s3://bucket/tessera -o /tmp/1b.html",
     )
 )
-@click.argument("run")
+@run_argument
 @click.option(
     "-o",
     "--output",

@@ -235,6 +235,13 @@ def voice(bench: Bench, base: Run) -> Run:
     return run
 
 
+def _why(bad: bool, arithmetic: bool, reason: str | None) -> tuple[str | None, str | None]:
+    """The check that decided, and its reason."""
+    if bad and reason:
+        return ("floor" if arithmetic else "fatal-words"), reason
+    return ("equals 84", "84 is missing") if arithmetic and not bad else (None, None)
+
+
 def interview(run: Run, adapter: str, digest: str, *, bad: bool) -> InterviewResult:
     """The published answers of the reference's stages."""
     probes = []
@@ -244,8 +251,7 @@ def interview(run: Run, adapter: str, digest: str, *, bad: bool) -> InterviewRes
             AnswerVerdict(
                 probe, 0, sample, question, poor if bad else good,
                 verdict if bad else "fail" if arithmetic else "pass",
-                ("floor" if arithmetic else "fatal-words") if bad and reason else "equals 84" if arithmetic else None,
-                reason if bad else "84 is missing" if arithmetic else None,
+                *_why(bad, arithmetic, reason),
             )
             for sample in range(2)
         ]  # fmt: skip

@@ -7,14 +7,14 @@ last of all. So no spike is lost, and none is made up.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
-from tessera.tracking.records import Record
 from tessera.tracking.report.content import Curve, Point
+from tessera.tracking.report.reading import Track
 from tessera.tracking.report.spend import Floats, Spending
 
 MOST = 1000
@@ -25,43 +25,36 @@ SPEED, MFU, TOKENS = "train/tokens_per_s", "train/mfu", "progress/tokens"
 DRAWN = (TRAIN, EVAL, BITS, SPEED, MFU)
 
 
-def curves_of(points: Sequence[Record], spending: Spending) -> dict[str, Curve]:
+def curves_of(tracks: Mapping[str, Track], spending: Spending) -> dict[str, Curve]:
     """The curves of the page, for those metrics that have points."""
-    by_key: dict[str, list[Record]] = {key: [] for key in (*DRAWN, TOKENS)}
-    for point in points:
-        if point.key in by_key:
-            by_key[point.key].append(point)
-    for found in by_key.values():
-        found.sort(key=lambda record: record.step)
-    progress = [record for record in by_key[TOKENS] if record.number - record.number == 0]
-    steps = np.asarray([0, *(record.step for record in progress)], dtype=float)
-    tokens = np.asarray([0.0, *(record.number for record in progress)])
-    known = (steps, tokens) if progress else None
-    return {key: _curve(key, by_key[key], spending, known) for key in DRAWN if by_key[key]}
+    steps, _, tokens = tracks[TOKENS].sorted()
+    known = np.isfinite(tokens)
+    progress = None
+    if known.any():
+        progress = np.append(0.0, steps[known]), np.append(0.0, tokens[known])
+    return {key: _curve(key, tracks[key], spending, progress) for key in DRAWN if tracks[key].steps}
 
 
 def _curve(
-    key: str, records: Sequence[Record], spending: Spending, progress: tuple[Floats, Floats] | None
+    key: str, track: Track, spending: Spending, progress: tuple[Floats, Floats] | None
 ) -> Curve:
-    values = np.asarray([record.number for record in records])
-    kept = [records[index] for index in thin(values)]
-    steps = np.asarray([record.step for record in kept], dtype=float)
+    all_steps, all_times, all_values = track.sorted()
+    kept = thin(all_values)
+    steps, times, values = all_steps[kept], all_times[kept], all_values[kept]
     # Machines' clocks differ a little; what a run has cost never falls.
-    moments = np.maximum.accumulate(np.asarray([record.time for record in kept]))
+    moments = np.maximum.accumulate(times)
     hours, usd = spending.hours(moments), spending.usd(moments)
-    tokens = np.interp(steps, *progress) if progress else None
+    tokens = np.full(len(kept), np.nan) if progress is None else np.interp(steps, *progress)
+    columns = zip(steps, times, tokens, hours, usd, values, strict=True)
     found = tuple(
-        Point(
-            step=record.step,
-            at=record.time,
-            tokens=None if tokens is None else float(tokens[index]),
-            hours=float(hours[index]),
-            usd=None if usd is None else float(usd[index]),
-            value=record.number,
-        )
-        for index, record in enumerate(kept)
+        Point(int(step), float(at), _known(t), float(h), _known(d), float(value))
+        for step, at, t, h, d, value in columns
     )
-    return Curve(key, found, len(records), int(np.count_nonzero(~np.isfinite(values))))
+    return Curve(key, found, len(all_values), int(np.count_nonzero(~np.isfinite(all_values))))
+
+
+def _known(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
 
 
 def thin(values: Floats, most: int = MOST) -> list[int]:

@@ -1,8 +1,8 @@
-"""A ``Report`` out of a root: one reading of the run, and of its neighbours for the bill."""
+"""A ``Report`` out of a root: one pass over the run, and its neighbours for the bill."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -10,11 +10,13 @@ from tessera.runs import Run
 from tessera.storage import Root
 from tessera.tracking.annotations import Annotated, read_annotations
 from tessera.tracking.checkpoints import summarise_checkpoints
-from tessera.tracking.history import RunHistory, bill_all, bills_of, read_with_neighbours
+from tessera.tracking.history import bill_all, bills_of, read_neighbours
 from tessera.tracking.invoices import read_invoices
 from tessera.tracking.queries import summarise_attempts, summarise_history, usd_by_category
+from tessera.tracking.records import Record
 from tessera.tracking.report.content import Extras, Happening, Report, Stay
-from tessera.tracking.report.curves import curves_of
+from tessera.tracking.report.curves import DRAWN, TOKENS, curves_of
+from tessera.tracking.report.reading import read_run
 from tessera.tracking.report.spend import Spending
 
 Worded = Callable[[str, Any, int | None], str]
@@ -35,19 +37,23 @@ def gather(
     ``now`` (seconds since the epoch) decides what is alive. Raises ``DamagedError`` for a record
     that cannot be read.
     """
-    history, others = read_with_neighbours(run, now=now)
+    found = read_run(run, (*DRAWN, TOKENS), now=now)
+    history = found.history
+    others = read_neighbours(run, now=now)
     bills = bill_all([history, *others], read_invoices(root).found)
+    own = bills_of(history, bills)
     attempts = summarise_attempts(history, bills)
-    own = [(*pair, said) for pair, said in zip(bills_of(history, bills), attempts, strict=True)]
     record, said = run.record, Annotated.of(read_annotations(root, run.id))
     return Report(
         root_url=without_secrets(root.url),
         summary=summarise_history(history, bills, now=now),
-        stays=tuple(Stay(summary, bill.intervals) for _, bill, summary in own),
+        stays=tuple(
+            Stay(attempt, bill.intervals) for attempt, (_, bill) in zip(attempts, own, strict=True)
+        ),
         usd_by_category=usd_by_category(attempts),
-        curves=curves_of(history.points, Spending(own)),
+        curves=curves_of(found.tracks, Spending(own)),
         checkpoints=summarise_checkpoints(history),
-        happenings=_happenings(history, events, worded),
+        happenings=_happenings(found.events, events, worded),
         experiment=record.experiment,
         commit=record.commit,
         fingerprint=record.fingerprint,
@@ -61,15 +67,10 @@ def gather(
 
 
 def _happenings(
-    history: RunHistory, events: Collection[str], worded: Worded
+    recorded: Sequence[Record], events: Collection[str], worded: Worded
 ) -> tuple[Happening, ...]:
     """What happened, oldest first, in attempts whose work was lost too."""
-    found = [
-        record
-        for item in history.attempts
-        for record in item.records
-        if record.kind == "event" and record.key in events
-    ]
+    found = [record for record in recorded if record.key in events]
     found.sort(key=lambda record: (record.time, record.attempt, record.seq))
     return tuple(
         Happening(r.time, r.attempt, r.step, worded(r.key, r.value, r.step)) for r in found
