@@ -107,20 +107,20 @@ def loss_charts(report: Report) -> list[Chart]:
 def bits_charts(report: Report) -> list[Chart]:
     """Bits per byte against tokens, billed hours and dollars; empty where none are recorded."""
     curves = {"evaluation": report.curves[BITS]} if BITS in report.curves else {}
-    return _against_all(_Subject("bits", "Bits per byte", "bits a byte", curves, figure))
+    return _against_all(_Subject("bits", "Bits per byte", "", curves, figure))
 
 
 def speed_charts(report: Report) -> list[Chart]:
     """Throughput and MFU over billed hours, as far as they are recorded."""
     found = []
-    for key, subject in (
-        (SPEED, _Subject("speed", "Throughput", "tokens a second", {}, count, from_zero=True)),
-        (MFU, _Subject("mfu", "MFU", "of the peak", {}, percent, from_zero=True)),
+    for key, name, unit, words in (
+        (SPEED, "Throughput", "tokens/s", count),
+        (MFU, "MFU", "of the peak", percent),
     ):
         if key in report.curves:
-            curves = {subject.title.lower() if key == SPEED else "MFU": report.curves[key]}
-            full = _Subject(**{**subject.__dict__, "curves": curves})
-            found += _chart(full, _time(curves))
+            curves = {name: report.curves[key]}
+            subject = _Subject(name.lower(), name, unit, curves, words, from_zero=True)
+            found += _chart(subject, _time(curves))
     return found
 
 
@@ -242,7 +242,7 @@ def _draw(
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: axis.tick(v)))
     if subject.id == "mfu":
         axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.3g} %"))
-    elif subject.id == "speed":
+    elif subject.id == "throughput":
         axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: tick(v)))
     if len(axes.get_legend_handles_labels()[0]) > 1:
         axes.legend(
