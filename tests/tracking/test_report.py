@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from tessera.cli.common import run_command
 from tessera.cli.exp import exp
 from tessera.cli.exp_report import page_of
-from tessera.experiment import load_experiment
+from tessera.experiment import load_experiment, parse_experiment
 from tessera.ledger.invoices import Invoice
-from tessera.runs import Run
+from tessera.runs import Run, create_or_open
 from tessera.tracking.annotations import annotate
 from tessera.tracking.checkpoints import summarise_checkpoints
 from tessera.tracking.history import ALIVE_S, bill_all, read_history
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from tests.tracking.fabricate import Bench
 
 long_runs = importlib.import_module("long_run")
+fabricate = importlib.import_module("fabricate")
 
 
 def report_of(bench: Bench, run: Run) -> Report:
@@ -488,3 +489,44 @@ def test_the_template_and_the_style_are_part_of_the_package() -> None:
 def test_a_curve_without_numbers_has_no_ends() -> None:
     empty = Curve("eval/loss", (), 0, 0)
     assert (empty.first, empty.last, empty.lowest, empty.highest) == (None,) * 4
+
+
+def test_a_budget_is_shown_beside_the_cost(bench: Bench) -> None:
+    settings = {
+        **fabricate.pretraining("thrifty"),
+        "tokens": None,
+        "budget_usd": 0.5,
+        "schedule": {"name": "linear_decay", "warmup_steps": 1},
+    }
+    run, _ = create_or_open(
+        bench.root, parse_experiment(settings), fingerprint="f" * 64, data={}, commit="abc-dirty"
+    )
+    writer = bench.launch(run)
+    writer.steps(1, 30)
+    details = {
+        "end_step": 30, "level": 1, "decay_start": 20, "seconds_per_step": 1.0, "usd_so_far": 0.01,
+        "usd_per_hour": 3.6,
+    }  # fmt: skip
+    for step in range(1, 151):
+        writer.journal.event("budget/planned", step, **details)
+    writer.end("BUDGET", 30)
+    page = page_of(bench.root, run)
+    for text in ("of a budget of $0.50", "step 30 of 30", "A budget decides where the run ends",
+                 "end planned at step 30", "the last 100 of 150 events",
+                 "had changes that were not committed", "git checkout abc\n"):  # fmt: skip
+        assert text in page, text
+    assert page.count("end planned at step 30") == 100
+
+
+def test_the_browser_is_opened_if_it_is_asked_for(
+    bench: Bench,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    bench.finished()
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", opened.append)  # which says that it could not
+    assert report_command(bench, "base", "-o", "page.html", "--open") == 0
+    assert opened == [(tmp_path / "page.html").as_uri()]
+    assert "No browser could be started here" in capfd.readouterr().err

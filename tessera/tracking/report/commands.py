@@ -24,7 +24,7 @@ def experiment_file(report: Report) -> str:
 def reproduce(report: Report) -> list[str]:
     """Shell commands, in order."""
     commit, root = report.commit, shlex.quote(report.root_url)
-    lines = ["git clone <the repository> tessera && cd tessera"]
+    lines = ["# in a checkout of Tessera"]
     if commit:
         lines.append(f"git checkout {shlex.quote(commit.removesuffix('-dirty'))}")
     lines.append("pip install -c constraints.txt -e .")
@@ -54,6 +54,11 @@ def remarks(report: Report) -> list[str]:
         found.append(
             f"The corpus must come out with the fingerprint {report.fingerprint}; another one is "
             "refused."
+        )
+    if report.experiment.get("budget_usd") is not None and report.summary.step is not None:
+        found.append(
+            f"A budget decides where the run ends: this one came to step {report.summary.step:,}, "
+            "another price or speed leads elsewhere."
         )
     for path in report.extras.conversations:
         found.append(f"Conversations: {path}.")

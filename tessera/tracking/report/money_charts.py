@@ -45,7 +45,7 @@ def spent_chart(report: Report) -> Chart | None:
     sentence = f"{what}: {words(total)} in all. Of it {listed(parts)}."
     title = "Billed time by category" if usd is None else "Dollars by category"
     with svg.drawing("spent"):
-        canvas = svg.Canvas(0.5 + 0.36 * len(order))
+        canvas = svg.Canvas(0.25 + 0.34 * len(order))
         axes = canvas.axes
         shares = [figures[name] / total for name in order]
         colours = [
@@ -57,7 +57,7 @@ def spent_chart(report: Report) -> Chart | None:
             axes.text(shares[place], place, label, va="center", ha="left")
         axes.set_yticks(range(len(order)), [category(name) for name in order], color=svg.INK)
         axes.set_xlim(0, max(shares) * 1.75)
-        axes.invert_yaxis()
+        axes.set_ylim(len(order) - 0.5, -0.5)
         axes.xaxis.set_visible(False)
         axes.spines["bottom"].set_visible(False)
         axes.grid(visible=False)
@@ -70,7 +70,9 @@ def spent_chart(report: Report) -> Chart | None:
     elif usd is None:
         notes.append("Nobody told the price of an hour, so there are no dollars.")
     if "lost" in order:
-        notes.append("Lost are steps that were computed again, after a preemption or a rollback.")
+        notes.append(
+            "Lost: steps that no checkpoint kept or a rollback gave up, to be computed again."
+        )
     caption = " ".join(notes)
     return Chart("spent", title, "", sentence, caption, drawing, _spent_table(report))
 
@@ -116,7 +118,9 @@ def timeline_chart(report: Report) -> Chart | None:
     sentence = f"{plural(len(stays), 'attempt')}: " + "; ".join(map(_told, shown)) + "."
     with svg.drawing("timeline"):
         drawing = svg.inline(_draw(shown, began), "timeline", "Attempts over time", sentence)
-    notes = ["Pale: billed before the process started."]
+    notes = []
+    if any(start < stay.attempt.started_at - 1 for stay in stays for start, _ in stay.billed):
+        notes.append("Pale: billed before the process started.")
     if len(stays) > BARS:
         notes.append(f"The last {BARS} of {len(stays)} attempts are drawn.")
     if any(stay.attempt.estimated for stay in stays):

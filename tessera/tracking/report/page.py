@@ -14,6 +14,8 @@ from tessera.tracking.report.commands import experiment_file, experiment_yaml, r
 from tessera.tracking.report.content import Answer, Corpus, Report
 from tessera.tracking.report.money_charts import machines_table, spent_chart, timeline_chart
 
+HAPPENINGS = 100
+"""Events on the page, at most: the latest."""
 VERDICTS = {"fatal": "fatal", "no_answer": "no answer", "fail": "fail", "pass": "pass"}
 """Verdicts of an interview, the worst first, and their names."""
 
@@ -66,7 +68,7 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
         reference = f"base {words.figure(run.base_loss)}"
     elif run.unigram_entropy is not None:
         reference = f"unigram {words.figure(run.unigram_entropy)}"
-    best = f"best {words.figure(run.best_loss)}"
+    best = "" if run.best_loss is None else f"best {words.figure(run.best_loss)}"
     tiles = [
         ("Loss", words.figure(run.final_loss), ", ".join(filter(None, [best, reference]))),
     ]
@@ -78,6 +80,9 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
     per = ""
     if run.usd_per_mtok is not None:
         per = f"{words.dollars(run.usd_per_mtok, run.cost_estimated)} a million tokens"
+    budget = report.experiment.get("budget_usd")
+    if isinstance(budget, int | float):
+        per = ", ".join(filter(None, [f"of a budget of ${budget:,.2f}", per]))
     tiles.append(("Cost", cost, per))
     progress = "" if run.step is None else f"step {run.step:,}"
     if run.step is not None and run.total_steps is not None:
@@ -96,12 +101,12 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
 def _happenings(report: Report) -> Table | None:
     if not report.happenings:
         return None
-    rows = tuple(
-        (words.moment(h.at), h.attempt, words.count(h.step), h.what) for h in report.happenings
-    )
-    return Table(
-        "What happened", ("when", "attempt", "step", "what"), rows, numeric=(2,), whole=(0, 1)
-    )
+    shown = report.happenings[-HAPPENINGS:]
+    rows = tuple((words.moment(h.at), h.attempt, words.count(h.step), h.what) for h in shown)
+    title = "What happened"
+    if len(shown) < len(report.happenings):
+        title += f": the last {len(shown)} of {len(report.happenings):,} events"
+    return Table(title, ("when", "attempt", "step", "what"), rows, numeric=(2,), whole=(0, 1))
 
 
 def _sources(corpus: Corpus) -> Table:
