@@ -29,13 +29,14 @@ from tessera.tracking.annotations import annotate
 from tessera.tracking.checkpoints import summarise_checkpoints
 from tessera.tracking.history import ALIVE_S, bill_all, read_history
 from tessera.tracking.queries import summarise_attempts, summarise_run
-from tessera.tracking.report.charts import ROWS, Chart, loss_charts, sample
+from tessera.tracking.report.charts import loss_charts
 from tessera.tracking.report.commands import experiment_file, experiment_yaml, reproduce
 from tessera.tracking.report.content import Curve, Report
-from tessera.tracking.report.curves import BITS, EVAL, MOST, TRAIN, thin
+from tessera.tracking.report.curves import BEYOND, BITS, EVAL, MOST, TRAIN, thin
 from tessera.tracking.report.gather import gather, without_secrets
 from tessera.tracking.report.money_charts import spent_chart, timeline_chart
 from tessera.tracking.report.page import render
+from tessera.tracking.report.parts import ROWS, Chart, sample
 from tessera.tracking.report.reading import read_run
 
 if TYPE_CHECKING:
@@ -242,7 +243,8 @@ def test_only_what_is_no_number(bench: Bench) -> None:
     writer.end("DIVERGED", 2, exit_code=3)
     page = render(report_of(bench, writer.run))
     assert "diverged" in page
-    assert "No loss is recorded yet" in page  # nothing of it is covered by a checkpoint
+    assert "1 point of evaluation" not in page  # nothing of it is covered by a checkpoint
+    assert "Dotted: no checkpoint covers it" in page
 
 
 def test_every_drawing_says_what_it_shows(bench: Bench) -> None:
@@ -294,6 +296,31 @@ def test_a_run_that_goes_on(bench: Bench) -> None:
     assert "The run goes on." in page
     assert "recorded for good up to step 10; it has reached step 13" in page
     assert "running" in page
+
+
+def test_what_no_checkpoint_covers_is_drawn_apart(bench: Bench) -> None:
+    writer = bench.launch(bench.create())
+    writer.steps(1, 10)
+    writer.checkpoint(10)
+    writer.steps(11, 30)
+    writer.end("DIVERGED", 30, exit_code=3)
+    report = report_of(bench, writer.run)
+    assert [p.step for p in report.curves[TRAIN].points] == list(range(1, 11))
+    beyond = report.curves[BEYOND]
+    assert [p.step for p in beyond.points] == list(range(11, 31))
+    assert beyond.points[-1].tokens == 30_000
+    assert beyond.points[-1].usd == pytest.approx(report.summary.cost_usd)
+    found = chart(loss_charts(report), "loss-tokens")
+    assert "Training, not saved: from 0.9101 at 11,000 tokens" in found.sentence
+    assert "it may have to be done again" in found.caption
+    again = bench.launch(writer.run)  # takes over from step 10: what was beyond is lost for good
+    again.steps(11, 12)
+    again.kill()
+    assert [p.step for p in report_of(bench, writer.run).curves[BEYOND].points] == [11, 12]
+    again = bench.launch(writer.run)
+    again.steps(11, 20)
+    again.end("FINISHED", 20)
+    assert BEYOND not in report_of(bench, writer.run).curves
 
 
 def test_a_single_point(bench: Bench) -> None:

@@ -2,80 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from tessera.tracking.report import svg
 from tessera.tracking.report.content import Curve, Point, Report
-from tessera.tracking.report.curves import BITS, EVAL, MFU, SPEED, TRAIN
-from tessera.tracking.report.words import (
-    count,
-    dollars,
-    figure,
-    hours,
-    listed,
-    percent,
-    plural,
-    tick,
+from tessera.tracking.report.curves import BEYOND, BITS, EVAL, MFU, SPEED, TRAIN
+from tessera.tracking.report.parts import (
+    DOLLARS,
+    TOKENS,
+    Axis,
+    Chart,
+    Table,
+    sample,
+    time_axis,
 )
+from tessera.tracking.report.words import count, figure, listed, percent, plural, tick
 
-ROWS = 40
-"""Rows of one curve in a chart's table, at most."""
+NOT_SAVED = "training, not saved"
+"""The curve above the lineage."""
 _EARLY = 0.03  # share of the axis whose points may lie above the frame
-
-
-@dataclass(frozen=True)
-class Table:
-    """Cells of a table; ``numeric`` columns are set to the right, ``whole`` ones never broken."""
-
-    caption: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    numeric: tuple[int, ...] = ()
-    whole: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A drawing, its sentence and its table.
-
-    ``sentence`` says what the drawing shows to those who do not see it, ``caption`` stands below
-    it: the figures that matter most, and what a reader should know of it.
-    """
-
-    id: str
-    title: str
-    unit: str
-    sentence: str
-    caption: str
-    drawing: str
-    table: Table
-
-
-@dataclass(frozen=True)
-class Axis:
-    """What the points are drawn against; ``unit`` is one mark of ``label`` in units of ``of``."""
-
-    id: str
-    label: str
-    of: Callable[[Point], float | None]
-    tick: Callable[[float], str]
-    words: Callable[[float], str]
-    unit: float = 1.0
-
-
-TOKENS = Axis("tokens", "tokens", lambda p: p.tokens, tick, lambda v: f"{count(v)} tokens")
-HOURS = Axis("hours", "billed hours", lambda p: p.hours, tick, hours)
-MINUTES = Axis("hours", "billed minutes", lambda p: p.hours, tick, hours, 1 / 60)
-DOLLARS = Axis("dollars", "US dollars", lambda p: p.usd, lambda v: f"${tick(v)}", dollars)
-
-
-def _time(curves: Mapping[str, Curve]) -> Axis:
-    """Hours; minutes for a run of less than one and a half."""
-    last = max((p.hours for c in curves.values() for p in c.points), default=0.0)
-    return HOURS if last >= 1.5 else MINUTES
 
 
 @dataclass(frozen=True)
@@ -93,7 +42,7 @@ class _Subject:
 
 def loss_charts(report: Report) -> list[Chart]:
     """Loss against tokens, billed hours and dollars; empty where no loss is recorded."""
-    named = {"training": TRAIN, "evaluation": EVAL}
+    named = {"training": TRAIN, NOT_SAVED: BEYOND, "evaluation": EVAL}
     curves = {name: report.curves[key] for name, key in named.items() if key in report.curves}
     summary, reference = report.summary, None
     if summary.base_loss is not None:
@@ -120,12 +69,12 @@ def speed_charts(report: Report) -> list[Chart]:
         if key in report.curves:
             curves = {name: report.curves[key]}
             subject = _Subject(name.lower(), name, unit, curves, words, from_zero=True)
-            found += _chart(subject, _time(curves))
+            found += _chart(subject, time_axis(curves))
     return found
 
 
 def _against_all(subject: _Subject) -> list[Chart]:
-    axes = (TOKENS, _time(subject.curves), DOLLARS)
+    axes = (TOKENS, time_axis(subject.curves), DOLLARS)
     return [chart for axis in axes for chart in _chart(subject, axis)]
 
 
@@ -191,6 +140,8 @@ def _capital(text: str) -> str:
 def _notes(placed: Mapping[str, Curve], above: Mapping[str, float], subject: _Subject) -> list[str]:
     """What a reader should know of the drawing."""
     parts = []
+    if NOT_SAVED in placed:
+        parts.append("Dotted: no checkpoint covers it, so it may have to be done again.")
     for name, curve in placed.items():
         if curve.not_finite:
             are = "is" if curve.not_finite == 1 else "are"
@@ -219,6 +170,7 @@ def _draw(
             [x for x, _ in shown], [y for _, y in shown], label=name,
             color=svg.TRAIN if background else svg.EVAL,
             linewidth=1.8 if len(shown) <= 300 else 1.1,
+            linestyle=":" if name == NOT_SAVED else "-",
             marker="o" if len(shown) == 1 or (name == "evaluation" and len(shown) <= 40) else "",
             markersize=3.6, zorder=2 if background else 3,
         )  # fmt: skip
@@ -236,6 +188,11 @@ def _draw(
         axes.axhline(
             level, color=svg.REFERENCE, linewidth=1.2, linestyle=(0, (4, 3)), label=name, zorder=1
         )
+    _label(axes, subject, axis)
+    return canvas, above
+
+
+def _label(axes: Axes, subject: _Subject, axis: Axis) -> None:
     axes.set_xlabel(axis.label)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.yaxis.set_major_locator(MaxNLocator(6))
@@ -249,7 +206,6 @@ def _draw(
             loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=4, handlelength=1.2,
             columnspacing=1.0, handletextpad=0.5, borderaxespad=0.1, borderpad=0.2,
         )  # fmt: skip
-    return canvas, above
 
 
 def _frame(
@@ -298,15 +254,3 @@ def _table(title: str, subject: _Subject, placed: Mapping[str, Curve], axis: Axi
             )
     columns = ("curve", "step", axis.label, subject.unit)
     return Table(title, columns, tuple(rows), numeric=(1, 2, 3))
-
-
-def sample(curve: Curve, most: int = ROWS) -> Sequence[Point]:
-    """Points for a table: evenly spread, with the first, the last, the lowest and what is odd."""
-    points = curve.points
-    if len(points) <= most:
-        return points
-    step = (len(points) - 1) / (most - 6)
-    kept = {round(index * step) for index in range(most - 5)}
-    kept |= {index for index, point in enumerate(points) if point is curve.lowest}
-    kept |= set([index for index, point in enumerate(points) if not point.finite][:3])
-    return [points[index] for index in sorted(kept)]

@@ -45,7 +45,7 @@ def reproduce(report: Report) -> list[str]:
 
 def remarks(report: Report) -> list[str]:
     """What a person should know before running them."""
-    found = []
+    found = ["In this page's root the run is there already: give another --root, or --new."]
     if report.commit is None:
         found.append("The commit was not recorded: the code did not run from a checkout.")
     elif report.commit.endswith("-dirty"):

@@ -22,17 +22,33 @@ MOST = 1000
 
 TRAIN, EVAL, BITS = "train/loss", "eval/loss", "eval/bits_per_byte"
 SPEED, MFU, TOKENS = "train/tokens_per_s", "train/mfu", "progress/tokens"
+BEYOND = "train/loss beyond the last checkpoint"
 DRAWN = (TRAIN, EVAL, BITS, SPEED, MFU)
 
 
-def curves_of(tracks: Mapping[str, Track], spending: Spending) -> dict[str, Curve]:
-    """The curves of the page, for those metrics that have points."""
-    steps, _, tokens = tracks[TOKENS].sorted()
+def curves_of(
+    tracks: Mapping[str, Track], beyond: Mapping[str, Track], spending: Spending
+) -> dict[str, Curve]:
+    """The curves of the page, for those metrics that have points.
+
+    ``BEYOND`` is the training loss above the lineage.
+    """
+    progress = _progress(tracks[TOKENS], beyond[TOKENS])
+    named = {key: tracks[key] for key in DRAWN} | {BEYOND: beyond[TRAIN]}
+    return {
+        key: _curve(key, track, spending, progress) for key, track in named.items() if track.steps
+    }
+
+
+def _progress(*tracks: Track) -> tuple[Floats, Floats] | None:
+    """Steps and the tokens seen until then; None where nothing was counted."""
+    columns = [track.sorted() for track in tracks]
+    steps = np.concatenate([steps for steps, _, _ in columns])
+    tokens = np.concatenate([tokens for _, _, tokens in columns])
     known = np.isfinite(tokens)
-    progress = None
-    if known.any():
-        progress = np.append(0.0, steps[known]), np.append(0.0, tokens[known])
-    return {key: _curve(key, tracks[key], spending, progress) for key in DRAWN if tracks[key].steps}
+    if not known.any():
+        return None
+    return np.append(0.0, steps[known]), np.append(0.0, tokens[known])
 
 
 def _curve(

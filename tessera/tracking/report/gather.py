@@ -51,7 +51,7 @@ def gather(
             Stay(attempt, bill.intervals) for attempt, (_, bill) in zip(attempts, own, strict=True)
         ),
         usd_by_category=usd_by_category(attempts),
-        curves=curves_of(found.tracks, Spending(own)),
+        curves=curves_of(found.tracks, found.beyond, Spending(own)),
         checkpoints=summarise_checkpoints(history),
         happenings=_happenings(found.events, events, worded),
         experiment=record.experiment,

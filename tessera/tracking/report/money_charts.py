@@ -5,8 +5,8 @@ from __future__ import annotations
 from tessera.ledger.meter import CATEGORIES
 from tessera.tracking.queries import TRAFFIC, AttemptSummary
 from tessera.tracking.report import svg
-from tessera.tracking.report.charts import Chart, Table
 from tessera.tracking.report.content import Report, Stay
+from tessera.tracking.report.parts import Chart, Table
 from tessera.tracking.report.words import (
     category,
     dollars,

@@ -9,10 +9,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from tessera import __version__
 from tessera.ledger.traffic import size
 from tessera.tracking.report import words
-from tessera.tracking.report.charts import Table, bits_charts, loss_charts, speed_charts
+from tessera.tracking.report.charts import bits_charts, loss_charts, speed_charts
 from tessera.tracking.report.commands import experiment_file, experiment_yaml, remarks, reproduce
 from tessera.tracking.report.content import Answer, Corpus, Report
 from tessera.tracking.report.money_charts import machines_table, spent_chart, timeline_chart
+from tessera.tracking.report.parts import Table
 
 HAPPENINGS = 100
 """Events on the page, at most: the latest."""

@@ -45,10 +45,15 @@ class Track:
 
 @dataclass(frozen=True)
 class Reading:
-    """A run with condensed records, all its events, and the tracks of the metrics asked for."""
+    """A run with condensed records, all its events, and the tracks of the metrics asked for.
+
+    ``beyond`` are those of the newest attempt above the lineage: not covered by a checkpoint, so
+    nobody knows yet whether they will count. Empty for a run that is done.
+    """
 
     history: RunHistory
     tracks: dict[str, Track]
+    beyond: dict[str, Track]
     events: tuple[Record, ...]
 
 
@@ -59,10 +64,12 @@ def read_run(run: Run, keys: Collection[str], *, now: float | None = None) -> Re
     """
     now = time.time() if now is None else now
     lineage, endings = tuple(run.lineage()), run.endings()
-    tracks = {key: Track() for key in keys}
+    tracks, beyond = ({key: Track() for key in keys} for _ in range(2))
+    top = lineage[-1].upto if lineage else -1
     events: list[Record] = []
     attempts = []
     for attempt in run.attempts():
+        beyond = {key: Track() for key in keys}  # of the newest attempt alone
         kept: list[Record] = []
         cut, last, count, latest = Cut.of(attempt, lineage), 0, 0, None
         found = segments(run, attempt.id)
@@ -71,31 +78,37 @@ def read_run(run: Run, keys: Collection[str], *, now: float | None = None) -> Re
             part = condense(records, cut, last_seq=last)
             last, count = part.last_seq, count + part.count
             latest = max(latest or part.last_time, part.last_time) if part.count else latest
-            kept += _wanted(records, part.records, cut, tracks, events)
+            kept += _wanted(records, part.records, events)
+            _track(records, cut, top, tracks, beyond)
         ending = endings.get(attempt.id)
         attempts.append(assemble(run, attempt, ending, tuple(kept), count, latest, now))
-    return Reading(RunHistory(run, lineage, tuple(attempts)), tracks, tuple(events))
+    history = RunHistory(run, lineage, tuple(attempts))
+    if history.done is not None:
+        beyond = {key: Track() for key in keys}
+    return Reading(history, tracks, beyond, tuple(events))
 
 
 def _wanted(
-    records: list[Record],
-    condensed: tuple[Record, ...],
-    cut: Cut,
-    tracks: dict[str, Track],
-    events: list[Record],
+    records: list[Record], condensed: tuple[Record, ...], events: list[Record]
 ) -> list[Record]:
-    """What stays of a segment; its points and events go where they belong."""
+    """What stays of a segment; all its events go to ``events`` too."""
     own = {record.seq for record in condensed}
     stay = list(condensed)
     for record in records:
-        if record.kind == "metric":
-            track = tracks.get(record.key)
-            if track is not None and cut.place(record.step) == 1:
-                track.add(record)
-            if record.key == STALL and record.seq not in own:
-                stay.append(record)
-        elif record.kind == "event":
+        if record.kind == "event":
             events.append(record)
-            if record.seq not in own:
-                stay.append(record)
+        if (record.kind == "event" or record.key == STALL) and record.seq not in own:
+            stay.append(record)
     return sorted(stay, key=lambda record: record.seq)
+
+
+def _track(
+    records: list[Record], cut: Cut, top: int, tracks: dict[str, Track], beyond: dict[str, Track]
+) -> None:
+    """Points to the tracks of the lineage, or to those above its last step ``top``."""
+    for record in records:
+        if record.kind == "metric" and record.key in tracks:
+            if cut.place(record.step) == 1:
+                tracks[record.key].add(record)
+            elif record.step > top:
+                beyond[record.key].add(record)
