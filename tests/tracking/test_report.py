@@ -38,6 +38,7 @@ from tessera.tracking.report.money_charts import spent_chart, timeline_chart
 from tessera.tracking.report.page import render
 from tessera.tracking.report.parts import ROWS, Chart, sample
 from tessera.tracking.report.reading import read_run
+from tessera.tracking.report.svg import WIDTH_IN
 
 if TYPE_CHECKING:
     from tests.tracking.fabricate import Bench
@@ -234,6 +235,28 @@ def test_what_is_no_number_is_marked(bench: Bench) -> None:
         "3.0000", "not a number", "infinite", "2.0000",
     ]  # fmt: skip
     assert "from 3.0000 at 2,000 tokens to 2.0000 at 8,000 tokens" in found.sentence
+
+
+def test_a_long_legend_leaves_the_curves_their_room(bench: Bench) -> None:
+    base = {"run_id": bench.finished().id, "weights_digest": "0" * 64}
+    writer = bench.launch(bench.create("voice", base=base), instance="i-2")
+    writer.evaluate(0, 11.0, base_loss=11.0)
+    writer.steps(1, 10)
+    for key in ("train/loss", "eval/loss"):
+        writer.journal.metric(key, math.nan, 11)
+    writer.steps(12, 20)
+    writer.checkpoint(20)
+    writer.steps(21, 30)
+    writer.journal.metric("train/loss", math.nan, 31)
+    writer.kill()
+    drawing = chart(loss_charts(report_of(bench, writer.run)), "loss-tokens").drawing
+    for name in ("training", "training, not saved", "evaluation", "base model", "no number"):
+        begins = re.search(rf'x="([\d.]+)"[^>]*>(training: )?{name}</text>', drawing)
+        assert begins is not None, name
+        assert float(begins[1]) + 5 * len(name) < 72 * WIDTH_IN, name
+    width, height = map(float, re.findall(r'<rect [^>]*width="(.*?)" height="(.*?)"', drawing)[-1])
+    assert width > 0.75 * 72 * WIDTH_IN
+    assert height > 100
 
 
 def test_only_what_is_no_number(bench: Bench) -> None:

@@ -201,10 +201,12 @@ def _label(axes: Axes, subject: _Subject, axis: Axis) -> None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.3g} %"))
     elif subject.id == "throughput":
         axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: tick(v)))
-    if len(axes.get_legend_handles_labels()[0]) > 1:
+    named = len(axes.get_legend_handles_labels()[0])
+    if named > 1:
         axes.legend(
-            loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=4, handlelength=1.2,
-            columnspacing=1.0, handletextpad=0.5, borderaxespad=0.1, borderpad=0.2,
+            loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2 if named > 3 else 3,
+            handlelength=1.2, columnspacing=1.0, handletextpad=0.5, borderaxespad=0.1,
+            borderpad=0.2,
         )  # fmt: skip
 
 
