@@ -56,11 +56,19 @@ def report(run: str, output: Path | None, root: str, open_it: bool) -> None:
 
 
 def page_of(root: Root, run: Run) -> str:
-    """The page of one run."""
+    """The page of one run; ``InputError`` where what draws it is not installed."""
     from tessera.cli._exp_events import EVENTS, worded
     from tessera.cli._exp_report import extras_of
+    from tessera.errors import InputError
     from tessera.tracking.report.gather import gather
-    from tessera.tracking.report.page import render
+
+    try:
+        from tessera.tracking.report.page import render
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"What draws the report is not installed ({error}); run pip install "
+            "'tessera[tracking]'."
+        ) from error
 
     return render(gather(root, run, extras_of(root, run), events=EVENTS, worded=worded))
 

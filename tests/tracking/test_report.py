@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import matplotlib as mpl
 import numpy as np
 import pytest
 from hypothesis import given
@@ -292,7 +293,10 @@ def test_every_drawing_says_what_it_shows(bench: Bench) -> None:
 
 def test_the_same_root_gives_the_same_page(bench: Bench) -> None:
     run = long_runs.long_run(bench, steps_between=5000)
-    assert page_of(bench.root, run) == page_of(bench.root, run)
+    page = page_of(bench.root, run)
+    with mpl.rc_context({"font.size": 20, "axes.grid": False, "svg.fonttype": "path"}):
+        assert page_of(bench.root, run) == page
+        assert mpl.rcParams["font.size"] == 20
 
 
 # -- states of a run -------------------------------------------------------------------------------
@@ -525,6 +529,23 @@ def test_the_page_is_made_without_torch_and_mlflow(bench: Bench) -> None:
         "assert not {'torch', 'mlflow', 'matplotlib.pyplot', 'sky'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("missing", ["matplotlib", "jinja2"])
+def test_what_is_not_installed_is_told(bench: Bench, missing: str) -> None:
+    bench.finished()
+    code = (
+        "import sys\n"
+        f"sys.modules[{missing!r}] = None\n"
+        "from tessera.cli.common import run_command\n"
+        "from tessera.cli.exp import exp\n"
+        f"raise SystemExit(run_command(exp, ['report', 'base', '--root', {bench.root.url!r}]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("Error: What draws the report is not installed (")
+    assert done.stderr.endswith("; run pip install 'tessera[tracking]'.\n")
+    assert done.stderr.count("\n") == 1
 
 
 def test_the_template_and_the_style_are_part_of_the_package() -> None:

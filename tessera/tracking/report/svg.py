@@ -54,7 +54,9 @@ class Canvas:
 def drawing(name: str) -> Iterator[None]:
     """Inside, matplotlib draws in our style; ``name`` keeps the ids of several drawings apart."""
     settings = {**_STYLE, "svg.hashsalt": f"tessera-{name}"}
-    with mpl.rc_context(settings), warnings.catch_warnings():  # type: ignore[arg-type]
+    with mpl.rc_context(), warnings.catch_warnings():
+        mpl.rcdefaults()  # not what a matplotlibrc of this machine says
+        mpl.rcParams.update(settings)  # type: ignore[arg-type]
         warnings.simplefilter("ignore")  # such as a letter of a device's name that a font lacks
         yield
 
