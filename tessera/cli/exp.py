@@ -7,7 +7,7 @@ from dataclasses import asdict
 import click
 
 from tessera import __version__
-from tessera.cli import exp_alerts, exp_compare, exp_list, exp_notes, exp_tail
+from tessera.cli import exp_alerts, exp_compare, exp_list, exp_notes, exp_report, exp_tail
 from tessera.cli.common import (
     epilog,
     json_option,
@@ -44,7 +44,7 @@ def exp() -> None:
 
 for _command in (
     exp_list.list_, *exp_compare.COMMANDS, *exp_notes.COMMANDS, exp_alerts.alerts, exp_tail.tail,
-    completion_command("tessera-exp"),
+    exp_report.report, completion_command("tessera-exp"),
 ):  # fmt: skip
     exp.add_command(_command)
 

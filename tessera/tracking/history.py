@@ -275,7 +275,13 @@ def try_history(
 def read_with_neighbours(
     run: Run, *, now: float | None = None
 ) -> tuple[RunHistory, list[RunHistory]]:
-    """One run, and the attempts of all others with no more records than the bill needs.
+    """One run, and of all others what ``read_neighbours`` reads."""
+    neighbours = read_neighbours(run, now=now)
+    return read_history(run, now=now), neighbours
+
+
+def read_neighbours(run: Run, *, now: float | None = None) -> list[RunHistory]:
+    """The attempts of all other runs, with no more records than the bill of ``run`` needs.
 
     Others that are damaged are left out. Records of one that shared an instance with this run are
     read, since an invoice of that instance is shared out by what each did there.
@@ -291,8 +297,7 @@ def read_with_neighbours(
         return try_history(other, now)[0] if here.intersection(places) else history
 
     with ThreadPoolExecutor(_READERS) as pool:
-        neighbours = pool.map(read, others)
-        return read_history(run, now=now), [found for found in neighbours if found is not None]
+        return [found for found in pool.map(read, others) if found is not None]
 
 
 def bill_all(

@@ -168,7 +168,8 @@ def read_lines(
 def _record(line: bytes) -> Record:
     """One line, checked: a ``ValueError`` says in one clause what is wrong with it."""
     try:
-        record = _RECORD.validate_python(json.loads(line))
+        # Of bytes, json would first guess the encoding, line by line.
+        record = _RECORD.validate_python(json.loads(line.decode("utf-8", "surrogatepass")))
     except ValidationError as error:
         raise ValueError(what_is_wrong(error)) from error
     except RecursionError as error:
