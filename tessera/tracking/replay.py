@@ -27,7 +27,10 @@ from typing import TYPE_CHECKING, Any
 
 from tessera.runs import Segment
 from tessera.storage import Root, canonical_json, sha256_bytes
+from tessera.tracking.dollars import SO_FAR, with_dollars
 from tessera.tracking.history import RunHistory, read_histories
+from tessera.tracking.interviews import INTERVIEW
+from tessera.tracking.pages import Shown, present
 from tessera.tracking.queries import RunSummary, summarise_history
 from tessera.tracking.server import Server, connect, quiet, sentences
 from tessera.tracking.view import (
@@ -72,7 +75,8 @@ class RunSync:
 class SyncReport:
     """What a sync did; ``seconds`` of wall-clock time.
 
-    ``damaged`` are sentences about the runs of the root that could not be read and were left out.
+    ``damaged`` are sentences about the runs of the root that could not be read and were left out,
+    ``remarks`` what else a person should know.
     """
 
     tracking_uri: str
@@ -80,6 +84,7 @@ class SyncReport:
     runs: tuple[RunSync, ...]
     seconds: float
     damaged: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     @property
     def points(self) -> int:
@@ -116,6 +121,7 @@ def sync(
     wanted = [history for history in read.whole if history.run.id in chosen]
     server = connect(root, tracking_uri)
     synced: dict[str, RunSync] = {}
+    shown: list[Shown] = []
     with quiet(), sentences(server.uri):
         known = known_runs(server)
         for number, history in enumerate(sorted(wanted, key=_bases_first)):
@@ -124,10 +130,15 @@ def sync(
             summary = summarise_history(history, read.bills)
             parent = synced.get(summary.base or "")
             parent_id = parent.mlflow_run_id if parent else None
-            synced[history.run.id] = _Replayed(server, history, summary, parent_id).sync(known)
+            replayed = _Replayed(server, history, summary, parent_id)
+            synced[history.run.id] = replayed.sync(known)
+            shown.append(Shown(history.run.record, summary, replayed.interview))
+        remarks = present(server, shown if only is None else None)
     runs = tuple(synced.values())
     damaged = () if only is not None else tuple(str(error) for error in read.damaged.values())
-    return SyncReport(server.shown, server.experiment, runs, time.monotonic() - started, damaged)
+    return SyncReport(
+        server.shown, server.experiment, runs, time.monotonic() - started, damaged, remarks
+    )
 
 
 def _base_id(base: dict[str, str] | None) -> str | None:
@@ -164,6 +175,8 @@ class _Replayed:
         if parent is not None:
             self._tags["mlflow.parentRunId"] = parent
         self._finals = finals(summary)
+        self._points = with_dollars(history.points)
+        self.interview = self._tags.get(INTERVIEW)
 
     def sync(self, known: dict[str, list[MlflowRun]]) -> RunSync:
         found = known.get(self._history.run.id, [])
@@ -195,7 +208,8 @@ class _Replayed:
         return {
             "step": upto,
             "lineage": None if upto is None else _lineage_digest(self._history.lineage, upto),
-            "points": len(self._history.points),
+            "points": len(self._points),
+            "dollars": True,
             "final": sha256_bytes(repr(self._finals).encode()) if self._finals else None,
         }
 
@@ -251,7 +265,7 @@ class _Replayed:
             return 0
         self._client.set_tag(run_id, SYNCED, json.dumps({**state, "sending": mark}))
         batch: list[Metric] = []
-        for metric in self._unsent(done, final=state.get("final") is None):
+        for metric in self._unsent(done, state):
             batch.append(metric)
             if len(batch) == BATCH:
                 self._client.log_batch(run_id, metrics=batch)
@@ -261,14 +275,16 @@ class _Replayed:
         self._client.set_tag(run_id, SYNCED, json.dumps(mark))
         return int(mark["points"]) - int(state.get("points", 0))
 
-    def _unsent(self, done: int | None, *, final: bool) -> Iterator[Metric]:
+    def _unsent(self, done: int | None, state: dict[str, Any]) -> Iterator[Metric]:
         from mlflow.entities import Metric
 
-        for point in self._history.points:
+        for point in self._points:
             # The mark's own step again: an evaluation may follow the checkpoint of its step.
-            if done is None or point.step >= done:
+            # Marks without "dollars" are of a time when those were not sent yet.
+            late = point.key == SO_FAR and "dollars" not in state
+            if done is None or point.step >= done or late:
                 yield Metric(point.key, point.number, _ms(point.time), point.step)
-        if final and self._summary.ended_at is not None:
+        if state.get("final") is None and self._summary.ended_at is not None:
             at = _ms(self._summary.ended_at)
             for key, value in self._finals.items():
                 yield Metric(key, value, at, self._summary.step or 0)
