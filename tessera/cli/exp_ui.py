@@ -95,7 +95,7 @@ def _serve(store: Root, server: Server, port: int, *, open_it: bool) -> int:
     with signals_as_interrupt():
         try:
             with ExitStack() as stack:
-                with _spinner("starting MLflow, some seconds"):
+                with spinner("starting MLflow, some seconds"):
                     running = stack.enter_context(serving)
                 _show(running.url, server, open_it=open_it)
                 click.echo("Ctrl-C stops it.")
@@ -106,7 +106,7 @@ def _serve(store: Root, server: Server, port: int, *, open_it: bool) -> int:
 
 
 @contextmanager
-def _spinner(words: str) -> Iterator[None]:
+def spinner(words: str) -> Iterator[None]:
     """Something that moves on a terminal; elsewhere a line. On stderr."""
     if not sys.stderr.isatty():
         click.echo(f"{words} ...", err=True)

@@ -28,7 +28,10 @@ _WORKFLOW = "workflowType=machine_learning"  # else the page is one for chat age
 _CREATED = 1_760_000_000_000
 """Milliseconds; always the same, so that an unchanged view is the same tag."""
 
-_OTHER_SECTIONS = ("eval", "train", "cost", "final", "Model metrics", "System metrics")
+_OTHER_SECTIONS = (
+    "best", "checkpoint", "cost", "eval", "final", "forecast", "progress", "train",
+    "Model metrics", "System metrics",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ def _state(charts: dict[str, Any]) -> dict[str, Any]:
         "searchFilter": "", "startTime": "ALL", "lifecycleFilter": "Active", "datasetsFilter": [],
         "modelVersionFilter": "All Runs",
         "orderByKey": _column("metrics", "final/cost_usd"), "orderByAsc": True,
-        "selectedColumns": _COLUMNS, "columnWidths": _WIDTHS,
+        "selectedColumns": _COLUMNS, "columnWidths": _WIDTHS, "columnOrder": [*_FIRST, *_COLUMNS],
         "runsHiddenMode": "FIRST_20_RUNS", "viewMaximized": True, "runListHidden": False,
         "groupBy": None, "hideEmptyCharts": True, "autoRefreshEnabled": True,
         **charts,
@@ -145,7 +148,8 @@ _COLUMNS = [
     _column("tags", "tessera.gpu"),
     _column("tags", "tessera.status"),
 ]
-_WIDTHS = {_column("tags", INTERVIEW): 240}
+_FIRST = ["1", _column("attributes", "Run Name"), "runDateAndNestInfo", "duration"]
+_WIDTHS = {_column("metrics", "final/usd_per_mtok"): 150, _column("tags", INTERVIEW): 300}
 
 
 def _charts() -> dict[str, Any]:

@@ -41,6 +41,14 @@ class Running:
     url: str
     log: Path
 
+    def ended_within(self, seconds: float) -> bool:
+        """Whether it ends by itself in that time."""
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
     def wait(self) -> None:
         """Until it ends by itself, which is an error: ``StoreError`` with its last words."""
         code = self.process.wait()
