@@ -44,7 +44,13 @@ def server() -> None:
 @root_option
 @_folder_option
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", default=5000, show_default=True, type=click.IntRange(1, 65535))
+@click.option(
+    "--port",
+    default=5000,
+    show_default=True,
+    type=click.IntRange(1, 65535),
+    help="Port to listen on.",
+)
 @click.option(
     "--allowed-hosts",
     envvar="TESSERA_ALLOWED_HOSTS",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 import webbrowser
 from collections.abc import Iterator
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     epilog=epilog(
         "tessera-exp ui",
         "tessera-exp ui --root s3://bucket/tessera --port 5000",
-        "MLFLOW_TRACKING_URI=https://mlflow.example.com tessera-exp ui",
+        "tessera-exp ui --tracking-uri https://mlflow.example.com",
     )
 )
 @root_option
@@ -74,14 +76,20 @@ def _sync(store: Root, uri: str) -> None:
 
 def _show(base: str, server: Server, *, open_it: bool) -> None:
     from tessera.tracking.saved_views import left_out, page, page_version, views
-    from tessera.tracking.server import quiet, sentences, without_password
+    from tessera.tracking.server import quiet, sentences
 
     with quiet(), sentences(server.uri):
         view = views()[0] if left_out(page_version(server)) is None else None
-    url = page(without_password(base), server.experiment_id, view)
+    url = page(re.sub(r"://[^/]*@", "://", base), server.experiment_id, view)  # the browser asks
     click.echo(f"MLflow: {url}")
-    if open_it and not webbrowser.open(url):
-        click.echo("No browser could be opened; open the address yourself.")
+    if open_it and not (_has_display() and webbrowser.open(url)):
+        click.echo("No browser could be opened here; open the address yourself.")
+
+
+def _has_display() -> bool:
+    """Whether a browser has a place; without one Python would start a text browser in here."""
+    names = ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")
+    return not sys.platform.startswith("linux") or any(os.environ.get(name) for name in names)
 
 
 def _serve(store: Root, server: Server, port: int, *, open_it: bool) -> int:

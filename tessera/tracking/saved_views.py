@@ -149,7 +149,7 @@ _COLUMNS = [
     _column("tags", "tessera.status"),
 ]
 _FIRST = ["1", _column("attributes", "Run Name"), "runDateAndNestInfo", "duration"]
-_WIDTHS = {_column("metrics", "final/usd_per_mtok"): 150, _column("tags", INTERVIEW): 300}
+_WIDTHS = {_column("metrics", "final/usd_per_mtok"): 150, _column("tags", INTERVIEW): 270}
 
 
 def _charts() -> dict[str, Any]:
