@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, Any
 
 from tessera.runs import Segment
 from tessera.storage import Root, canonical_json, sha256_bytes
-from tessera.tracking.dollars import SO_FAR, with_dollars
 from tessera.tracking.history import RunHistory, read_histories
 from tessera.tracking.interviews import INTERVIEW
 from tessera.tracking.pages import Shown, present
@@ -175,7 +174,6 @@ class _Replayed:
         if parent is not None:
             self._tags["mlflow.parentRunId"] = parent
         self._finals = finals(summary)
-        self._points = with_dollars(history.points)
         self.interview = self._tags.get(INTERVIEW)
 
     def sync(self, known: dict[str, list[MlflowRun]]) -> RunSync:
@@ -208,8 +206,7 @@ class _Replayed:
         return {
             "step": upto,
             "lineage": None if upto is None else _lineage_digest(self._history.lineage, upto),
-            "points": len(self._points),
-            "dollars": True,
+            "points": len(self._history.points),
             "final": sha256_bytes(repr(self._finals).encode()) if self._finals else None,
         }
 
@@ -265,7 +262,7 @@ class _Replayed:
             return 0
         self._client.set_tag(run_id, SYNCED, json.dumps({**state, "sending": mark}))
         batch: list[Metric] = []
-        for metric in self._unsent(done, state):
+        for metric in self._unsent(done, final=state.get("final") is None):
             batch.append(metric)
             if len(batch) == BATCH:
                 self._client.log_batch(run_id, metrics=batch)
@@ -275,16 +272,14 @@ class _Replayed:
         self._client.set_tag(run_id, SYNCED, json.dumps(mark))
         return int(mark["points"]) - int(state.get("points", 0))
 
-    def _unsent(self, done: int | None, state: dict[str, Any]) -> Iterator[Metric]:
+    def _unsent(self, done: int | None, *, final: bool) -> Iterator[Metric]:
         from mlflow.entities import Metric
 
-        for point in self._points:
+        for point in self._history.points:
             # The mark's own step again: an evaluation may follow the checkpoint of its step.
-            # Marks without "dollars" are of a time when those were not sent yet.
-            late = point.key == SO_FAR and "dollars" not in state
-            if done is None or point.step >= done or late:
+            if done is None or point.step >= done:
                 yield Metric(point.key, point.number, _ms(point.time), point.step)
-        if state.get("final") is None and self._summary.ended_at is not None:
+        if final and self._summary.ended_at is not None:
             at = _ms(self._summary.ended_at)
             for key, value in self._finals.items():
                 yield Metric(key, value, at, self._summary.step or 0)

@@ -15,12 +15,13 @@ import zlib
 from dataclasses import dataclass, field
 from typing import Any
 
-from tessera.tracking.dollars import SO_FAR
 from tessera.tracking.interviews import INTERVIEW
 from tessera.tracking.server import Server
 
 CHECKED_VERSIONS = ("3.17",)
 """Releases of MLflow (major.minor) whose page was looked at."""
+SO_FAR = "cost/usd_so_far"
+"""US dollars of a run when it was evaluated; the trainer journals it with each evaluation."""
 CHARTS, TABLE = "tesseraLossVsDollars", "tesseraRuns"
 _PREFIX = "mlflow.sharedViewState."
 _KIND = ("mlflow.experimentKind", "custom_model_development")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from tessera.evaluation.verdicts import Verdict
 from tessera.runs import Run
+from tessera.tracking.saved_views import SO_FAR
 
 if TYPE_CHECKING:
     from tests.tracking.fabricate import Bench, Writer
@@ -25,8 +26,10 @@ def learn(writer: Writer, usd_per_hour: float, final: float, steps: int = STEPS)
         writer.journal.metric("train/loss", final + 3.0 * (1 - step / steps) ** 3, step)
         writer.journal.metric("progress/tokens", step * TOKENS_PER_STEP, step)
         writer.journal.span("train", STEP_S, step)
-        writer.journal.metric("cost/usd", (writer.clock.now - started) * usd_per_hour / 3600, step)
+        usd = (writer.clock.now - started) * usd_per_hour / 3600
+        writer.journal.metric("cost/usd", usd, step)
         if step % EVERY == 0:
+            writer.journal.metric(SO_FAR, usd, step)
             writer.evaluate(step, final + (6.0 - final) * (1 - step / steps) ** 3)
     writer.checkpoint(steps)
     writer.end("FINISHED", steps)

@@ -1,4 +1,4 @@
-"""Saved views, the note and dollars at evaluations, on SQLite; the page is in tests/full."""
+"""Saved views, interviews and the note, on SQLite; the page is in tests/full."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ import pytest
 
 from tessera.tracking import conclusions
 from tessera.tracking.conclusions import DIGEST, NOTE
-from tessera.tracking.dollars import SO_FAR
 from tessera.tracking.replay import sync
-from tessera.tracking.saved_views import CHARTS, TABLE, left_out, page, views
+from tessera.tracking.saved_views import CHARTS, SO_FAR, TABLE, left_out, page, views
 from tessera.tracking.server import connect
 from tests.full.voices import FINAL_LOSS, voices_root
 
 if TYPE_CHECKING:
-    from tessera.runs import Run
     from tests.tracking.fabricate import Bench
 
 
@@ -116,53 +114,6 @@ def test_pages_open_in_the_tab_of_the_view() -> None:
     )
     assert "compareRunsMode=TABLE" in page("http://127.0.0.1:5000", "7", table)
     assert "viewStateShareKey" not in page("http://127.0.0.1:5000", "7")
-
-
-# -- dollars at evaluations ------------------------------------------------------------------------
-
-
-def with_costs(bench: Bench) -> Run:
-    """Dollars at steps 4 and 10, evaluations at 0, 5 and 10."""
-    run = bench.create(steps=10)
-    writer = bench.launch(run)
-    writer.evaluate(0, 6.0)
-    writer.steps(1, 4)
-    writer.journal.metric("cost/usd", 0.25, 4)
-    writer.steps(5, 5)
-    writer.evaluate(5, 4.0)
-    writer.steps(6, 10)
-    writer.journal.metric("cost/usd", 0.5, 10)
-    writer.evaluate(10, 3.0)
-    writer.checkpoint(10)
-    writer.end("FINISHED", 10)
-    return run
-
-
-def test_each_evaluation_has_the_dollars_told_before_it(bench: Bench) -> None:
-    run = with_costs(bench)
-    report = sync(bench.root, bench.uri)
-    seen = bench.seen(bench.uri)
-    assert seen.values(run.id, SO_FAR) == [(5, "0.25"), (10, "0.5")]
-    assert report.points == len(seen.points[run.id]) - 6  # beside the final figures
-    assert sync(bench.root, bench.uri).points == 0
-
-
-def test_a_run_that_was_synced_before_there_were_dollars_gets_them(bench: Bench) -> None:
-    run = with_costs(bench)
-    sync(bench.root, bench.uri)
-    once = bench.seen(bench.uri)
-    old = bench.database("old")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tessera.tracking.replay.with_dollars", list)
-        sync(bench.root, old)
-    server = connect(bench.root, old)
-    (found,) = server.client.search_runs([server.experiment_id])
-    mark = json.loads(found.data.tags["tessera.synced"])
-    del mark["dollars"]
-    server.client.set_tag(found.info.run_id, "tessera.synced", json.dumps(mark))
-    assert SO_FAR not in found.data.metrics
-    assert sync(bench.root, old).points == 2
-    assert bench.seen(old).points[run.id] == once.points[run.id]
 
 
 # -- interviews ------------------------------------------------------------------------------------
