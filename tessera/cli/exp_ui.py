@@ -97,9 +97,9 @@ def _serve(store: Root, server: Server, port: int, *, open_it: bool) -> int:
 
     folder = Path(store.url) if store.is_local else Path(".tessera")
     log = folder.absolute() / "mlflow-server.log"
-    serving = mlflow_server(
-        ["--backend-store-uri", server.uri], host="127.0.0.1", port=port, log=log
-    )
+    # Not on the command line, where others on this machine could read a password in it.
+    backend = {"MLFLOW_BACKEND_STORE_URI": server.uri}
+    serving = mlflow_server([], host="127.0.0.1", port=port, log=log, environment=backend)
     with signals_as_interrupt():
         try:
             with ExitStack() as stack:

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from playwright.sync_api import Browser, Page, expect
@@ -51,6 +52,12 @@ class Shown:
         return found[1]
 
 
+def processes() -> str:
+    """Command lines of all processes."""
+    done = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shown]:
     """The server that the command starts, on a root of six runs; it stops on SIGTERM."""
@@ -73,14 +80,16 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shown]:
             if line.startswith("MLflow: "):
                 break
         assert lines[0].startswith("Synced 6 runs in "), lines
+        at_work = processes()
         yield Shown(process, lines[-1].removeprefix("MLflow: ").strip(), runs)
     finally:
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=60)
     assert out.endswith("Stopped.\n"), out + err
     assert process.returncode == 0
-    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
-    assert str(folder) not in listed.stdout, "it left a process behind"
+    port = urlsplit(lines[-1].split()[1]).port
+    assert f"--port {port}" in at_work
+    assert f"--port {port}" not in processes(), "it left a process behind"
 
 
 @pytest.fixture(scope="module")
