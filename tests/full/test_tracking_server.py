@@ -203,8 +203,17 @@ def test_a_backup_is_restored_with_its_accounts_and_a_root_alone_gives_the_runs(
         code, _, err = shell("sync")
         assert code == 75
         assert "it refused access" in err
+        answer = requests.post(
+            f"{team.url}/api/3.0/mlflow/users/permissions/grant",
+            json={
+                "username": "reader", "resource_type": "experiment", "resource_id": "1",
+                "permission": "MANAGE",
+            },
+            auth=("admin", team.login()["MLFLOW_TRACKING_PASSWORD"]), timeout=20,
+        )  # fmt: skip
+        assert answer.ok, answer.text
+        assert shell("sync")[0] == 0  # as the reader, who may write now
         log_in(there, team)
-        assert shell("sync")[0] == 0
         everything = holds(team)
         assert len(everything["runs"]) == 2
     code, out, err = shell("server", "restore", "--folder", str(folder))
