@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help demo test lint core-tests test-full chaos lab clean
+.PHONY: help demo test lint core-tests test-full chaos lab tracking-server clean
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/'
@@ -32,7 +32,7 @@ lint: $(READY)
 core-tests: $(READY)
 	$(BIN)/python -m pytest --ignore=tests/full -n 2 --dist loadfile
 
-test-full: $(READY)  ## against real S3 servers (moto, rclone) behind a proxy that injects faults
+test-full: $(READY)  ## against real S3 servers behind a faulty proxy, PostgreSQL, a browser; Debian, as root
 	$(BIN)/python -m pytest tests/full
 
 # CHAOS='--kills 10 --store moto --seed 7' changes it; all options: python -m tests.chaos --help
@@ -42,6 +42,10 @@ chaos: $(READY)  ## kill a trainer at 40 and more random moments on each of two 
 # LAB='plain refused' runs these scenarios alone: docs/lab.md
 lab: $(READY)    ## rent from a pretended vast.ai with stock SkyPilot, preempt, refuse; Debian, as root
 	$(BIN)/python -m tests.lab $(LAB)
+
+# SERVER='--allowed-hosts mlflow.example.com --host 0.0.0.0' changes it: docs/tracking-server.md
+tracking-server: $(READY)  ## MLflow for a team on this machine: PostgreSQL, accounts; Ctrl-C stops it
+	$(BIN)/tessera-exp server up $(SERVER)
 
 clean:           ## remove the environment; .tessera (your runs) stays
 	rm -rf $(VENV) .lab *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

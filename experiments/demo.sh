@@ -55,5 +55,5 @@ cat <<END
 Done in $((SECONDS - started)) s. Three things to try next:
   .venv/bin/tessera interview show $best --root $TESSERA_ROOT     every answer, with its verdict
   .venv/bin/tessera-exp show $base --root $TESSERA_ROOT           where each second and dollar went
-  .venv/bin/mlflow ui --backend-store-uri sqlite:///$TESSERA_ROOT/mlflow.db
+  .venv/bin/tessera-exp ui --root $TESSERA_ROOT                 loss against dollars, in MLflow's page
 END

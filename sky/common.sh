@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2034 # setup.sh and run.sh use the names set here
-# Read by setup.sh and run.sh on the rented machine; SkyPilot starts both in the synced workdir.
+# Read by setup.sh, run.sh and tracking_server.sh on the rented machine; SkyPilot starts both in the synced workdir.
 
 set -euo pipefail
 export PATH="$HOME/.local/bin:$PATH"  # where SkyPilot leaves uv

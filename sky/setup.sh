@@ -38,11 +38,11 @@ else
   fast=1
 fi
 
-# The core alone: a rented machine needs neither MLflow nor SkyPilot.
+# The core alone: a rented machine that trains needs neither MLflow nor SkyPilot.
 retried make_venv "$VENV" || give_up "Python"
 again=()  # uv takes a folder whose pyproject.toml did not change for installed already
 ! command -v uv >/dev/null || again=(--reinstall-package tessera)
-retried install_into "$VENV" "${again[@]}" . || give_up "tessera"
+retried install_into "$VENV" "${again[@]}" "${TESSERA_INSTALL:-.}" || give_up "tessera"
 
 # Attention kernels for Hopper, a beta. Without them a 1B model trains at 71,000 instead of 76,600
 # tokens/s (docs/speed.md): dearer, but no reason to give the machine back.

@@ -7,7 +7,16 @@ from dataclasses import asdict
 import click
 
 from tessera import __version__
-from tessera.cli import exp_alerts, exp_compare, exp_list, exp_notes, exp_report, exp_tail
+from tessera.cli import (
+    exp_alerts,
+    exp_compare,
+    exp_list,
+    exp_notes,
+    exp_report,
+    exp_server,
+    exp_tail,
+    exp_ui,
+)
 from tessera.cli.common import (
     epilog,
     json_option,
@@ -44,7 +53,7 @@ def exp() -> None:
 
 for _command in (
     exp_list.list_, *exp_compare.COMMANDS, *exp_notes.COMMANDS, exp_alerts.alerts, exp_tail.tail,
-    exp_report.report, completion_command("tessera-exp"),
+    exp_report.report, exp_ui.ui, exp_server.server, completion_command("tessera-exp"),
 ):  # fmt: skip
     exp.add_command(_command)
 
@@ -99,7 +108,10 @@ def sync(root: str, tracking_uri: str | None) -> int:
         f"{report.created} new, {report.points:,} points added{redone}{registry}."
     )
     if report.tracking_uri.startswith("sqlite"):
-        click.echo(f"Look at them: mlflow ui --backend-store-uri {report.tracking_uri}")
+        where = "" if root == ".tessera" else f" --root {root}"
+        click.echo(f"Look at them: tessera-exp ui{where}")
+    for remark in report.remarks:
+        click.echo(remark)
     return tell_damaged(report.damaged)
 
 

@@ -28,6 +28,8 @@ from typing import TYPE_CHECKING, Any
 from tessera.runs import Segment
 from tessera.storage import Root, canonical_json, sha256_bytes
 from tessera.tracking.history import RunHistory, read_histories
+from tessera.tracking.interviews import INTERVIEW
+from tessera.tracking.pages import Shown, present
 from tessera.tracking.queries import RunSummary, summarise_history
 from tessera.tracking.server import Server, connect, quiet, sentences
 from tessera.tracking.view import (
@@ -72,7 +74,8 @@ class RunSync:
 class SyncReport:
     """What a sync did; ``seconds`` of wall-clock time.
 
-    ``damaged`` are sentences about the runs of the root that could not be read and were left out.
+    ``damaged`` are sentences about the runs of the root that could not be read and were left out,
+    ``remarks`` what else a person should know.
     """
 
     tracking_uri: str
@@ -80,6 +83,7 @@ class SyncReport:
     runs: tuple[RunSync, ...]
     seconds: float
     damaged: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     @property
     def points(self) -> int:
@@ -116,6 +120,7 @@ def sync(
     wanted = [history for history in read.whole if history.run.id in chosen]
     server = connect(root, tracking_uri)
     synced: dict[str, RunSync] = {}
+    shown: list[Shown] = []
     with quiet(), sentences(server.uri):
         known = known_runs(server)
         for number, history in enumerate(sorted(wanted, key=_bases_first)):
@@ -124,10 +129,15 @@ def sync(
             summary = summarise_history(history, read.bills)
             parent = synced.get(summary.base or "")
             parent_id = parent.mlflow_run_id if parent else None
-            synced[history.run.id] = _Replayed(server, history, summary, parent_id).sync(known)
+            replayed = _Replayed(server, history, summary, parent_id)
+            synced[history.run.id] = replayed.sync(known)
+            shown.append(Shown(history.run.record, summary, replayed.interview))
+        remarks = present(server, shown if only is None else None)
     runs = tuple(synced.values())
     damaged = () if only is not None else tuple(str(error) for error in read.damaged.values())
-    return SyncReport(server.shown, server.experiment, runs, time.monotonic() - started, damaged)
+    return SyncReport(
+        server.shown, server.experiment, runs, time.monotonic() - started, damaged, remarks
+    )
 
 
 def _base_id(base: dict[str, str] | None) -> str | None:
@@ -164,6 +174,7 @@ class _Replayed:
         if parent is not None:
             self._tags["mlflow.parentRunId"] = parent
         self._finals = finals(summary)
+        self.interview = self._tags.get(INTERVIEW)
 
     def sync(self, known: dict[str, list[MlflowRun]]) -> RunSync:
         found = known.get(self._history.run.id, [])

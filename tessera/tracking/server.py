@@ -178,6 +178,11 @@ def _sentence(error: Exception, uri: str, shown: str) -> TesseraError:
     text = without_password(str(error).strip().split("\n")[0])
     reason = text[:200].rstrip(".") or type(error).__name__
     scheme = urlsplit(uri).scheme
+    if re.search("Invalid Host header", str(error)):
+        return InputError(
+            f"The tracking server {shown} does not answer by the name "
+            f"{urlsplit(uri).hostname}; add it to --allowed-hosts where the server is started."
+        )
     if scheme in {"http", "https"}:
         reason = _cause(text) or reason
         return StoreError(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tessera.runs import RunRecord
 from tessera.tracking.history import RunHistory
+from tessera.tracking.interviews import INTERVIEW, best_interview
 from tessera.tracking.queries import RunSummary
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def tags(history: RunHistory, summary: RunSummary) -> dict[str, str]:
         "mlflow.source.git.commit": record.commit,
         "tessera.commit": record.commit,
         LIVE: _live(history, summary),
+        INTERVIEW: best_interview(history),
     }
     if record.data:
         found["tessera.data"] = json.dumps(record.data, ensure_ascii=False)

@@ -313,6 +313,9 @@ class Loop:
             figures = self._program.evaluate(self.done, score)
         for key, value in figures.items():
             self._s.journal.metric(key, value, self.done)
+        if self._cost and (usd := self._cost.usd()) is not None:
+            # Beside cost/usd of the log points: a chart pairs metrics by step (docs/mlflow-ui.md).
+            self._s.journal.metric("cost/usd_so_far", usd, self.done)
         shown = "  ".join(f"{key} {value:.4f}" for key, value in figures.items())
         self._s.line.say(f"step {self.done}  {shown}")
 

@@ -267,7 +267,7 @@ def test_sync_says_what_it_added(bench: Bench, shell: Shell) -> None:
     assert (code, err) == (0, "")
     assert "Synced 1 run into sqlite:///" in out
     assert "1 new, 43 points added." in out
-    assert "mlflow ui --backend-store-uri sqlite:///" in out
+    assert f"Look at them: tessera-exp ui --root {bench.root.url}" in out
     assert "0 new, 0 points added." in shell("sync", "--tracking-uri", bench.uri)[1]
 
 

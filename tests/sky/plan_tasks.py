@@ -84,6 +84,7 @@ def plan(name: str, providers: list[str]) -> dict[str, Any]:
         "usd_per_hour": chosen.get_cost(3600),
         "use_spot": chosen.use_spot,
         "disk_gb": chosen.disk_size,
+        "ports": chosen.ports,
         "down_after_idle_minutes": autostop.idle_minutes if autostop else None,
         "down": autostop.down if autostop else None,
         "job_recovery": chosen.job_recovery,

@@ -17,7 +17,8 @@ H100_TASKS = ["pretrain_h100.yaml", "pretrain_h100_managed.yaml", "sft_h100.yaml
 CPU_TASKS = ["corpus_cpu.yaml", "smoke_cpu.yaml"]
 NODES = "pretrain_nodes.yaml"
 ONE_MACHINE = [*H100_TASKS, *CPU_TASKS, "interview_h100.yaml"]
-ALL_TASKS = [*ONE_MACHINE, NODES]
+SERVER = "tracking_server.yaml"
+ALL_TASKS = [*ONE_MACHINE, NODES, SERVER]
 ALL_PROVIDERS = "Vast+RunPod+Lambda"
 
 Plans = dict[str, Any]
@@ -104,6 +105,21 @@ def test_several_machines_come_from_a_provider_that_connects_them(plans: Plans) 
         assert plan["usd_per_hour"] == cheapest("lambda", "H100", 8, 0, 0) == 31.92
         assert plan["num_nodes"] == 2
     assert "lambda" in by_providers["Vast"]["refused"]
+
+
+def test_the_tracking_server_is_a_small_machine_with_an_open_port(plans: Plans) -> None:
+    by_providers = plans["plans"][SERVER]
+    plan = by_providers[ALL_PROVIDERS]
+    assert (plan["provider"], plan["instance_type"]) == ("RunPod", "cpu3c-2-4")
+    assert plan["accelerators"] is None
+    assert plan["usd_per_hour"] == cheapest("runpod", "", 0, vcpus=2, memory_gib=4) == 0.06
+    assert plan["disk_gb"] <= 10 * 2
+    assert plan["ports"] == ["5000"]
+    assert plan["down"] is None  # a server is idle most of the time
+    assert (plan["num_nodes"], plan["mounts"]) == (1, [])
+    assert list(plan["copies"]) == ["~/.tessera/configured", "~/.tessera/env"]
+    for without in ("Vast", "Lambda"):  # no open port, no machine without a GPU
+        assert "refused" in by_providers[without]
 
 
 def test_only_the_managed_task_bids(plans: Plans) -> None:

@@ -16,6 +16,7 @@ from tessera.runs import list_runs
 from tessera.storage import Root
 from tessera.tracking.history import ALIVE_S
 from tessera.tracking.queries import summarise_run
+from tessera.tracking.saved_views import SO_FAR
 from tessera.training.clock import now
 from tessera.training.cost import RunningCost, earlier_traffic_usd
 
@@ -79,6 +80,17 @@ def test_an_attempt_ends_by_the_clock_that_it_began_with(
     assert 0 < bench.last_ending(run).ended_at - run.attempts()[0].started_at < 3600
     usd = list(bench.points(run, "cost/usd").values())
     assert max(usd) < 1.0, "an hour costs $1"
+
+
+def test_every_evaluation_has_the_dollars_so_far(bench: Workplace) -> None:
+    """MLflow draws losses against them, and pairs the two by step."""
+    run = bench.train().run
+    dollars = bench.points(run, SO_FAR)
+    assert list(dollars) == list(bench.points(run, "eval/loss"))
+    assert len(dollars) > 2
+    values = list(dollars.values())
+    assert values == sorted(values)
+    assert 0 < values[-1] < 1.0, "an hour costs $1"
 
 
 def test_earlier_rented_machines_are_allowed_ten_idle_minutes_each(paid: Bench) -> None:
