@@ -128,8 +128,11 @@ def _market(file: TaskFile, card: Card | None, provider: str | None) -> Market:
 
 
 def _corpus(root: Root, settings: Experiment) -> tuple[Corpus | None, str | None, list[str]]:
-    """What the root holds to train on, its fingerprint, and a sentence if it holds nothing."""
-    from tessera.corpus.manifest import resolve
+    """What the root holds to train on, its fingerprint, and a sentence if it holds nothing.
+
+    Raises ``InputError`` where the experiment cannot train on what is there.
+    """
+    from tessera.corpus.manifest import require_fit, resolve
 
     if not isinstance(settings, Pretrain):
         return None, None, []
@@ -141,6 +144,12 @@ def _corpus(root: Root, settings: Experiment) -> tuple[Corpus | None, str | None
             None,
             [f"{error} The plan takes it to have just the tokens that are asked for."],
         )
+    require_fit(
+        manifest,
+        vocab_size=settings.model.vocab_size,
+        sequence=settings.sequence,
+        origin=settings.origin,
+    )
     train = manifest.splits["train"]
     size = sum(shard.bytes for split in manifest.splits.values() for shard in split.shards)
     return Corpus(manifest.name, train.tokens, size), manifest.fingerprint, []

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from click.testing import CliRunner
 
 from tessera.cli import _plan_inputs as inputs
 from tessera.corpus.build import build
+from tessera.corpus.manifest import Manifest
+from tessera.errors import InputError
 from tessera.experiment import load_experiment
 from tessera.storage import Root, open_root
 
@@ -17,6 +21,8 @@ if TYPE_CHECKING:
     from tests.tracking.fabricate import Bench
 
 REPOSITORY = Path(__file__).parents[2]
+LONG = ("data.sequence=4096", "model.context=4096", "batch.micro_batch=1")
+EVALUATED = ("data.sequence=512", "model.context=512")
 
 
 def test_speeds_of_own_runs(bench: Bench) -> None:
@@ -63,13 +69,8 @@ def test_a_root_that_cannot_be_read_costs_a_sentence(
     assert sentence == "Speeds of your own runs are left out: The store is down; try later."
 
 
-def test_the_corpus_in_the_root(tmp_path: Path) -> None:
-    root = open_root(str(tmp_path / "root"))
-    settings = load_experiment(REPOSITORY / "experiments" / "smoke.yaml")
-    corpus, fingerprint, (sentence,) = inputs._corpus(root, settings)
-    assert (corpus, fingerprint) == (None, None)
-    assert "is not built in" in sentence
-    assert "takes it to have just the tokens" in sentence
+def build_sample(tmp_path: Path) -> Manifest:
+    """A corpus named sample, of 300 entries, in ``tmp_path / "root"``."""
     with (tmp_path / "a.jsonl").open("w") as file:
         for number in range(60):
             file.write(json.dumps({"id": str(number), "text": f"a small text {number} " * 9}))
@@ -87,7 +88,18 @@ def test_the_corpus_in_the_root(tmp_path: Path) -> None:
             }
         )
     )
-    manifest = build(recipe, root).manifest
+    return build(recipe, open_root(str(tmp_path / "root"))).manifest
+
+
+def test_the_corpus_in_the_root(tmp_path: Path) -> None:
+    root = open_root(str(tmp_path / "root"))
+    fitting = ["model.vocab_size=300"]
+    settings = load_experiment(REPOSITORY / "experiments" / "smoke.yaml", fitting)
+    corpus, fingerprint, (sentence,) = inputs._corpus(root, settings)
+    assert (corpus, fingerprint) == (None, None)
+    assert "is not built in" in sentence
+    assert "takes it to have just the tokens" in sentence
+    manifest = build_sample(tmp_path)
     corpus, fingerprint, notes = inputs._corpus(root, settings)
     assert notes == []
     assert fingerprint == manifest.fingerprint
@@ -98,16 +110,47 @@ def test_the_corpus_in_the_root(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["plan", "launch"])
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ((), "model.vocab_size is 2048, the tokenizer of corpus sample has 300 entries"),
+        (("model.vocab_size=300", *LONG), "No training shard holds 4097 tokens; shorten"),
+        (("model.vocab_size=300", *EVALUATED), "the evaluation split has no 513 tokens"),
+    ],
+)
+def test_a_corpus_that_does_not_fit_is_refused_before_money_is_spent(
+    command: str,
+    settings: tuple[str, ...],
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    build_sample(tmp_path)
+    done = refused(command, monkeypatch, tmp_path, *(f"--set={text}" for text in settings))
+    assert sentence in str(done)
+
+
+def refused(
+    command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *words: str
+) -> InputError:
+    """Why smoke.yaml is not planned or launched on the corpus of ``build_sample``."""
+    written = tmp_path / "env"
+    written.write_text("TESSERA_ROOT='s3://bucket/x'\n")
+    monkeypatch.setenv("TESSERA_ENV_FILE", str(written))
+    monkeypatch.chdir(REPOSITORY)
+    root = str(tmp_path / "root")
+    called = getattr(import_module(f"tessera.cli.{command}"), command)
+    arguments = ["experiments/smoke.yaml", "--root", root, *words]
+    done = CliRunner().invoke(called, arguments, standalone_mode=False)
+    assert isinstance(done.exception, InputError), done.exception
+    return done.exception
+
+
+@pytest.mark.parametrize("command", ["plan", "launch"])
 def test_a_line_break_in_an_override_is_refused(
     command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The job would split it: its words are read a line each."""
-    from importlib import import_module
-
-    from click.testing import CliRunner
-
-    from tessera.errors import InputError
-
     monkeypatch.chdir(REPOSITORY)
     called = getattr(import_module(f"tessera.cli.{command}"), command)
     words = ["experiments/smoke.yaml", "--set", "description=two\nlines"]
