@@ -42,6 +42,20 @@ def not_empty(context: click.Context, parameter: click.Parameter, value: str | N
     return value
 
 
+def provider_named(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> str | None:
+    """A provider as SkyPilot spells it in small letters; vast.ai goes by its own name too."""
+    from tessera.errors import InputError
+
+    if value is None:
+        return None
+    name = value.strip().lower()
+    if not name:
+        raise InputError("--provider is empty; name one, such as vast, or leave it out for all.")
+    return "vast" if name in ("vast.ai", "vastai") else name
+
+
 def place_named(root: Root) -> str:
     """The root in a sentence that says what is not in it."""
     return f"{root.url}, which does not exist yet" if root.is_absent() else root.url

@@ -190,11 +190,8 @@ def require_settings() -> dict[str, str]:
 
 def check(order: Order, root: Root, renter: Renter) -> None:
     """What can be refused before anything is rented: ``InputError``, ``ConflictError``."""
-    if order.offer.enabled is False:
-        raise InputError(
-            f"{order.offer.provider} is not enabled in SkyPilot; run "
-            f"`sky check {order.offer.provider.lower()}`, or choose another with --provider."
-        )
+    if order.line.hindrance is not None:
+        raise InputError(order.line.hindrance)
     try:
         ending = open_run(root, order.run_id).finished()
     except NotFoundError:
@@ -231,6 +228,9 @@ def launch(
     record = _Record(root, order)
     try:
         job = renter.start(task, order.name, order.managed)
+    except InputError as error:
+        record.end("refused", first_line(error), None)
+        raise
     except (KeyboardInterrupt, Exception) as error:
         interrupted = isinstance(error, KeyboardInterrupt)
         say(

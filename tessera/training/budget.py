@@ -16,7 +16,8 @@ from dataclasses import dataclass, field, replace
 
 from tessera.errors import DamagedError, InputError
 from tessera.experiment import Experiment, LinearDecay, Pretrain
-from tessera.ledger.budget import Budget, Plan, closing_usd
+from tessera.ledger.budget import CHECKPOINT_BYTES, Budget, Plan, kept_back, nothing_left
+from tessera.ledger.dollars import as_typed
 from tessera.ledger.forecast import Forecast
 from tessera.ledger.pace import Pace
 from tessera.ledger.prices import EXPERIMENT
@@ -35,7 +36,6 @@ PLANNED, STOPPED = "budget/planned", "budget/stopped"
 MEASURED, MEASURED_AGAIN = 2, 5
 """Log intervals of an attempt before it moves a plan: the first ones are slow, and where another
 attempt had a plan already there is no hurry. The very first plan is made at once."""
-CHECKPOINT_BYTES, MODEL_BYTES = 12, 4  # a parameter: weights and two moments; the published weights
 
 
 @dataclass(frozen=True)
@@ -171,16 +171,19 @@ class BudgetKeeper:
         return parameters(model_shape(self._experiment.model))
 
     def _closing_usd(self, usd_per_hour: float) -> float:
-        return closing_usd(
+        return self._kept_back(None, usd_per_hour)
+
+    def _kept_back(self, given: float | None, usd_per_hour: float) -> float:
+        return kept_back(
+            given,
             usd_per_hour,
             rented=self._attempt.provider != LOCAL,
-            upload_bytes=(CHECKPOINT_BYTES + MODEL_BYTES) * self._parameters,
+            parameters=self._parameters,
             usd_per_gb_up=self._gb_up,
         )
 
     def _budget(self, usd_per_hour: float) -> Budget:
-        reserve = self._experiment.budget_reserve_usd
-        reserve = self._closing_usd(usd_per_hour) if reserve is None else reserve
+        reserve = self._kept_back(self._experiment.budget_reserve_usd, usd_per_hour)
         return Budget(self._usd, reserve, self._idle_usd)
 
     def _decide(self, done: int, facts: Facts) -> Plan:
@@ -339,31 +342,29 @@ def require_payable(experiment: Experiment, place: Attempt, root: Root) -> None:
         raise InputError(_no_price(budget))
     if place.price_source == EXPERIMENT and place.provider != LOCAL:
         raise InputError(
-            f"A budget of ${budget:g} cannot rest on the experiment's guess of ${price:g} an hour "
-            f"on a machine rented from {place.provider}; set TESSERA_USD_PER_HOUR to its price, or "
-            "use a provider that tells it."
+            f"A budget of {as_typed(budget)} cannot rest on the experiment's guess of "
+            f"{as_typed(price)} an hour on a machine rented from {place.provider}; set "
+            "TESSERA_USD_PER_HOUR to its price, or use a provider that tells it."
         )
     if price == 0 and experiment.tokens is None:
         raise InputError(
-            f"At $0 an hour ({place.price_source}) a budget of ${budget:g} never ends; give the "
-            "price of this machine in TESSERA_USD_PER_HOUR, or tokens."
+            f"At $0 an hour ({place.price_source}) a budget of {as_typed(budget)} never ends; give "
+            "the price of this machine in TESSERA_USD_PER_HOUR, or tokens."
         )
-    reserve = experiment.budget_reserve_usd or closing_usd(
+    reserve = kept_back(
+        experiment.budget_reserve_usd,
         price,
         rented=place.provider != LOCAL,
-        upload_bytes=(CHECKPOINT_BYTES + MODEL_BYTES) * parameters(model_shape(experiment.model)),
+        parameters=parameters(model_shape(experiment.model)),
         usd_per_gb_up=0.0 if root.is_local else place.usd_per_gb_up,
     )
-    if reserve >= budget:
-        raise InputError(
-            f"Nothing can be trained for a budget of ${budget:g} at ${price:g} an hour: "
-            f"{dollars(reserve)} are kept back for the last save and the minutes until the machine "
-            "is down; raise the budget, or lower budget_reserve_usd."
-        )
+    found = Budget(budget, reserve)
+    if found.eaten_up:
+        raise InputError(nothing_left(found, price))
 
 
 def _no_price(budget: float) -> str:
     return (
-        f"A budget of ${budget:g} needs to know what an hour costs, and nobody told the price of "
-        "this machine; set TESSERA_USD_PER_HOUR to it."
+        f"A budget of {as_typed(budget)} needs to know what an hour costs, and nobody told "
+        "the price of this machine; set TESSERA_USD_PER_HOUR to it."
     )

@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from tessera.cli import _plan_inputs as inputs
+from tessera.cloud.skypilot import TaskFile
 from tessera.corpus.build import build
 from tessera.corpus.manifest import Manifest
 from tessera.errors import InputError
@@ -95,18 +96,81 @@ def test_the_corpus_in_the_root(tmp_path: Path) -> None:
     root = open_root(str(tmp_path / "root"))
     fitting = ["model.vocab_size=300"]
     settings = load_experiment(REPOSITORY / "experiments" / "smoke.yaml", fitting)
-    corpus, fingerprint, (sentence,) = inputs._corpus(root, settings)
+    file = TaskFile(REPOSITORY / "sky" / "pretrain_h100.yaml")
+    corpus, fingerprint, (sentence,) = inputs._corpus(root, settings, file)
     assert (corpus, fingerprint) == (None, None)
     assert "is not built in" in sentence
     assert "takes it to have just the tokens" in sentence
     manifest = build_sample(tmp_path)
-    corpus, fingerprint, notes = inputs._corpus(root, settings)
+    corpus, fingerprint, notes = inputs._corpus(root, settings, file)
     assert notes == []
     assert fingerprint == manifest.fingerprint
     assert corpus is not None
     assert corpus.tokens == manifest.splits["train"].tokens
     files = (tmp_path / "root" / manifest.folder).rglob("*.safetensors")
     assert corpus.bytes == sum(path.stat().st_size for path in files)
+
+
+def test_who_builds_a_corpus_that_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """117 GB are nothing to build on a laptop; a task that builds its own corpus needs nobody."""
+    monkeypatch.chdir(REPOSITORY)
+    root = open_root(str(tmp_path))
+
+    def note(experiment: str, task: str) -> str:
+        settings = load_experiment(Path("experiments") / experiment)
+        return inputs._corpus(root, settings, TaskFile(Path("sky") / task))[2][0]
+
+    large = note("tessera_1b.yaml", "pretrain_h100.yaml")
+    assert "its recipe reads 117 GB" in large
+    assert "sky launch -c corpus sky/corpus_cpu.yaml" in large
+    assert "tessera corpus build" not in large
+    assert "tessera corpus build data_manifests/sample.yaml" in note(
+        "smoke.yaml", "pretrain_h100.yaml"
+    )
+    built = note("smoke.yaml", "smoke_cpu.yaml")
+    assert built.startswith("The job of sky/smoke_cpu.yaml builds corpus sample first")
+
+
+def test_a_root_that_is_not_reached_is_said_once() -> None:
+    reason = "Unable to locate credentials; run `tessera configure`."
+    notes = [f"s3://b/x failed on corpora/c: {reason} The plan takes it to have just the tokens."]
+    unread = [f"Speeds of your own runs are left out: s3://b/x failed on runs: {reason}"]
+    assert inputs._same_reason(notes, unread)
+    assert not inputs._same_reason(notes, ["Speeds of your own runs are left out: it is damaged."])
+    assert not inputs._same_reason([], unread)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--stop", "x", "experiments/smoke.yaml"), "not both at once"),
+        (("--stop", ""), "--stop is empty, so nothing was asked or ended"),
+        (("--stop", "  "), "--stop is empty"),
+        (("experiments/smoke.yaml", "--run-id", "bad id!"), "run id 'bad id!' is not usable"),
+        (("experiments/smoke.yaml", "--run-id", ""), "run id is empty"),
+        (("experiments/smoke.yaml", "--provider", " "), "--provider is empty"),
+        (("experiments/interview.yaml",), "the suite of an interview"),
+        (("data_manifests/sample.yaml",), "the recipe of a corpus"),
+        (("sky/smoke_cpu.yaml",), "a task of SkyPilot"),
+        (
+            ("experiments/smoke.yaml", "--managed", "--bid", "1", "--provider", "runpod"),
+            "--bid is an offer to vast.ai, and --provider asks for runpod",
+        ),
+    ],
+)
+def test_what_a_launch_refuses_before_it_asks_anybody(
+    words: tuple[str, ...], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = tmp_path / "env"
+    written.write_text("TESSERA_ROOT='s3://bucket/x'\n")
+    monkeypatch.setenv("TESSERA_ENV_FILE", str(written))
+    monkeypatch.chdir(REPOSITORY)
+    called = import_module("tessera.cli.launch").launch
+    done = CliRunner().invoke(called, list(words), standalone_mode=False)
+    assert isinstance(done.exception, InputError), done.exception
+    assert sentence in str(done.exception)
 
 
 @pytest.mark.parametrize("command", ["plan", "launch"])

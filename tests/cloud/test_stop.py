@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -75,6 +76,19 @@ def test_a_controller_that_cannot_be_asked_is_not_taken_for_empty(vast: PretendV
     renter = Pretend(vast, unknown=RuntimeError("controller is INIT"))
     (left,) = stop(renter, NAME, sleep=at_once).left
     assert f"does not tell whether there is the managed job {NAME} (controller is INIT)" in left
+
+
+def test_without_a_key_nothing_is_claimed_of_vast(
+    vast: PretendVast, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A launch may have left a machine there of which SkyPilot knows nothing."""
+    monkeypatch.delenv("VAST_API_KEY")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for renter, ended in ((Pretend(vast), ()), (Pretend(vast, cluster=NAME), (NAME,))):
+        found = stop(renter, NAME, sleep=at_once)
+        assert found.ended == tuple(f"the cluster {name}" for name in ended)
+        with pytest.raises(RetryElsewhereError, match=f"Whether vast.ai still bills for {NAME}"):
+            found.require()
 
 
 # -- the real renter -------------------------------------------------------------------------------
@@ -198,6 +212,20 @@ def test_the_command_says_what_it_ended(
     )
     again = CliRunner().invoke(tessera, ["launch", "--stop", NAME], standalone_mode=False)
     assert isinstance(again.exception, InputError)
+
+
+def test_the_command_without_a_key(
+    sky: MadeUpSky, vast: PretendVast, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("tessera.cloud.give_back.BETWEEN_S", 0.0)
+    monkeypatch.delenv("VAST_API_KEY")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    sky.queue = [job(3)]
+    done = CliRunner().invoke(tessera, ["launch", "--stop", NAME], standalone_mode=False)
+    assert done.output == (
+        f"Asking SkyPilot (no vast.ai key here) about {NAME} ...\nEnded: the managed job {NAME}.\n"
+    )
+    assert isinstance(done.exception, RetryElsewhereError)
 
 
 def test_the_command_after_ctrl_c(
