@@ -383,6 +383,24 @@ class _Record:
             )
 
 
+def may_bill(root: Root, provider: str) -> list[str]:
+    """Names of this root's launches that may still bill at a provider, as their records have it.
+
+    Those that said so at their end, and those of which nobody recorded an end. Raises
+    ``StoreError``.
+    """
+    files = set(root.files("launches"))
+    found: dict[str, None] = {}
+    for path in sorted(path for path in files if not path.endswith(".end.json")):
+        end = path.removesuffix(".json") + ".end.json"
+        if end in files and not root.read_json(end).get("may_bill"):
+            continue
+        launched = root.read_json(path)
+        if any(place[0] == provider for place in launched.get("may_rent", ())):
+            found[str(launched.get("name"))] = None
+    return list(found)
+
+
 def _offer_record(offer: Offer) -> dict[str, Any]:
     found = asdict(offer)
     found["card"] = offer.card.name if offer.card else None
