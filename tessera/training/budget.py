@@ -83,6 +83,7 @@ class BudgetKeeper:
         self._usd, self._schedule = experiment.budget_usd, experiment.schedule
         self._deadline, self._begun_at = float("inf"), 0
         self._idle_usd = 0.0  # known when it begins
+        self._seen: Facts | None = None
         self.stopped = ""
 
     @property
@@ -111,6 +112,18 @@ class BudgetKeeper:
             plan = self._world.broadcast(self._decide(done, facts) if self._world.is_main else None)
         if plan != self._program.plan:
             self._take(done, plan, facts)
+
+    @property
+    def told(self) -> str:
+        """At the planned end, whose doing it was; empty where the tokens ended the run."""
+        limit, seen = self._experiment.steps, self._seen
+        if seen is None or (limit is not None and self._program.steps >= limit):
+            return ""
+        budget = self._budget(seen.usd_per_hour)
+        return (
+            f"the budget ended it there, {dollars(seen.usd)} of {as_typed(budget.usd)} spent and "
+            f"{dollars(budget.reserve_usd)} kept back for the end"
+        )
 
     def spent(self) -> bool:
         """Whether the line is reached, by the price of the last log point; asked at every step."""
@@ -203,6 +216,7 @@ class BudgetKeeper:
 
     def _look(self, done: int, facts: Facts) -> None:
         """Stop if the line is reached; else note when it will be."""
+        self._seen = facts
         left = self._budget(facts.usd_per_hour).line_usd - facts.usd
         if left <= 0 and done < self._program.steps:
             self._stop(done, facts)
@@ -212,7 +226,7 @@ class BudgetKeeper:
     def _stop(self, done: int, facts: Facts) -> None:
         budget = self._budget(facts.usd_per_hour)
         self.stopped = (
-            f"{dollars(facts.usd)} of the budget of {dollars(budget.usd)} are spent and "
+            f"{dollars(facts.usd)} of the budget of {as_typed(budget.usd)} are spent and "
             f"{dollars(budget.reserve_usd)} are kept back for the end"
         )
         if budget.idle_usd > 0:
@@ -229,8 +243,7 @@ class BudgetKeeper:
         self._take(done, plan, facts)
 
     def _take(self, done: int, plan: Plan, facts: Facts) -> None:
-        first = not self._program.plan.known
-        self._program.plan = plan
+        before, self._program.plan = self._program.plan, plan
         if done == plan.end_step and not self.stopped:
             self.stopped = "the attempt before had reached the end of the budget here"
         self._journal.event(
@@ -240,15 +253,18 @@ class BudgetKeeper:
             reserve_usd=self._budget(facts.usd_per_hour).reserve_usd, idle_usd=self._idle_usd,
             followed=done <= self._recorded.upto,
         )  # fmt: skip
-        if first and not self.stopped:
-            self._line.say(_sentence(done, plan, facts, self._budget(facts.usd_per_hour)))
+        if not self.stopped:
+            budget = self._budget(facts.usd_per_hour)
+            self._line.say(_sentence(done, before, plan, facts, budget))
 
 
-def _sentence(done: int, plan: Plan, facts: Facts, budget: Budget) -> str:
+def _sentence(done: int, before: Plan, plan: Plan, facts: Facts, budget: Budget) -> str:
     seconds = facts.seconds_per_step or 0.0
+    steps = f"{plan.end_step}" + (f" (not {before.end_step})" if before.known else "")
+    falls = "falls" if before.share(done - 1) < 1.0 else f"falls from step {plan.decay_start} on"
     return (
-        f"step {done}: {dollars(budget.usd)} pay for {plan.end_step} steps of {seconds:.3g} s at "
-        f"${facts.usd_per_hour:g}/h, the learning rate falls from step {plan.decay_start} on; "
+        f"step {done}: {as_typed(budget.usd)} pay for {steps} steps of {seconds:.3g} s at "
+        f"{as_typed(facts.usd_per_hour)}/h, the learning rate {falls}; "
         f"{dollars(budget.reserve_usd)} are kept back"
     )
 
