@@ -22,7 +22,7 @@ def root_option(function: F) -> F:
         "--root",
         envvar="TESSERA_ROOT",
         default=".tessera",
-        show_default=True,
+        show_default="the root that `tessera configure` wrote to ~/.tessera/env, else .tessera",
         metavar="URL",
         callback=not_empty,
         help="Folder or URL (s3://bucket/prefix) that holds corpora, runs and records; "
