@@ -132,7 +132,8 @@ def _asked_until_right(
     """The answers, and what trying them came to; what fails is asked again, the rest is kept."""
     from tessera.errors import InputError
 
-    values, settings = dict(before), SETTINGS
+    values = dict(before)
+    settings: Sequence[Setting] = SETTINGS
     while True:
         values = _merged(values, _ask(values, settings))
         try:

@@ -139,7 +139,7 @@ def test_what_fails_is_asked_again_and_the_rest_is_kept(
     url = bucket.url("again")
     answers = [
         url, endpoint, "", bucket.access_key, "not-the-secret-key", "", "1.5", "", "",
-        "y", "", "", "", "", bucket.secret_key,
+        "", "y", "", "", "", "", bucket.secret_key,
     ]  # fmt: skip
     code, shown = run(answers="\n".join(answers) + "\n")
     assert code == 0, shown
