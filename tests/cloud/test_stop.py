@@ -235,3 +235,18 @@ def test_the_command_after_ctrl_c(
     done = CliRunner().invoke(tessera, ["launch", "--stop", NAME], standalone_mode=False)
     assert done.return_value == 130
     assert "was broken off, so it may still bill" in done.output
+
+
+def test_a_skypilot_that_may_rent_nowhere_has_rented_nothing(
+    sky: MadeUpSky, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class NoCloudAccessError(RuntimeError):
+        pass
+
+    def launch(task: Any, cluster_name: str) -> Any:
+        raise NoCloudAccessError("Cloud access is not set up. Run: sky check")
+
+    monkeypatch.setattr(sky, "launch", launch, raising=False)
+    monkeypatch.setattr(sky.exceptions, "NoCloudAccessError", NoCloudAccessError, raising=False)
+    with pytest.raises(InputError, match="so nothing was rented: `vastai set api-key KEY && sky"):
+        SkyPilot().start(object(), NAME, False)
