@@ -393,8 +393,8 @@ def create_or_open(
     if base is not None:
         identity["base.weights_digest"] = base["weights_digest"]
     run_id = run_id or os.environ.get(RUN_ID_VARIABLE) or None
-    if run_id is not None and not re.fullmatch(_RUN_ID, run_id):
-        raise InputError(f"The run id {run_id!r} is not usable; use a-z, 0-9, '.', '_' and '-'.")
+    if run_id is not None:
+        require_run_id(run_id)
     wanted = run_id or f"{experiment.name}-{identity_hash(identity, fingerprint)}"
     record = RunRecord(
         run_id=wanted,
@@ -451,6 +451,14 @@ def _refuse_changes(stored: RunRecord, wanted: RunRecord) -> None:
                 f"Run {stored.run_id} was started {before}, this attempt says ${budget:g}; put it "
                 "back, or start another run with --new."
             )
+
+
+def require_run_id(run_id: str) -> None:
+    """Raise ``InputError`` for a name that no run can have."""
+    if not run_id:
+        raise InputError("The run id is empty; give one, or leave it out for one that is made up.")
+    if not re.fullmatch(_RUN_ID, run_id):
+        raise InputError(f"The run id {run_id!r} is not usable; use a-z, 0-9, '.', '_' and '-'.")
 
 
 def open_run(root: Root, run_id: str) -> Run:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from tessera.ledger.dollars import as_typed, dollars
+
 Details = Mapping[str, Any]
 
 
@@ -40,10 +42,10 @@ def _resumed(details: Details) -> str:
     if not details.get("lost_steps"):
         return f"{text}, no recorded step lost"
     paid = details.get("lost_usd")
-    dollars = "" if paid is None else f", ${paid:.4f}"
+    lost = "" if paid is None else f", {dollars(paid)}"
     before = f" of attempt {details['lost_attempt']}" if details.get("lost_attempt") else ""
     steps = "1 step" if details["lost_steps"] == 1 else f"{details['lost_steps']:,} steps"
-    return f"{text}; {steps}{before} lost ({details['lost_s']:,.0f} s{dollars})"
+    return f"{text}; {steps}{before} lost ({details['lost_s']:,.0f} s{lost})"
 
 
 def _planned(details: Details) -> str:
@@ -51,15 +53,15 @@ def _planned(details: Details) -> str:
     pace = "" if seconds is None else f", {seconds:.3g} s a step"
     start = f"decay from {details['decay_start']:,}" if details["level"] == 1 else "decaying"
     return (
-        f"end planned at step {details['end_step']:,}, {start}: ${details['usd_so_far']:.2f} so "
-        f"far, ${details['usd_per_hour']:g}/h{pace}"
+        f"end planned at step {details['end_step']:,}, {start}: {dollars(details['usd_so_far'])} "
+        f"so far, {as_typed(details['usd_per_hour'])}/h{pace}"
     )
 
 
 def _stopped(details: Details) -> str:
     return (
-        f"ended by the budget: ${details['usd_so_far']:.2f} of ${details['budget_usd']:g} spent, "
-        f"${details['reserve_usd']:.2f} kept back"
+        f"ended by the budget: {dollars(details['usd_so_far'])} of "
+        f"{as_typed(details['budget_usd'])} spent, {dollars(details['reserve_usd'])} kept back"
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tessera.ledger.dollars import dollars as known_dollars
+
 
 def loss(value: float | None) -> str:
     """Nats a token, four decimals."""
@@ -12,8 +14,7 @@ def dollars(value: float | None, estimated: bool) -> str:
     """Dollars with cents, more digits for a smaller sum; "~" where an estimate is in it."""
     if value is None:
         return "?"
-    shown = f"{value:,.2f}" if value >= 1 else f"{value:.4f}" if value >= 0.001 else f"{value:.6f}"
-    return f"{'~' if estimated else ''}${shown}"
+    return f"{'~' if estimated else ''}{known_dollars(value)}"
 
 
 def duration(seconds: float) -> str:

@@ -20,6 +20,7 @@ from tessera.cli._exp_detail import Detail
 from tessera.cli._exp_events import worded
 from tessera.cli._exp_figures import count, dollars, duration, loss, plural
 from tessera.cli._exp_table import reference, step
+from tessera.ledger.dollars import as_typed
 from tessera.ledger.invoices import CATALOG
 from tessera.ledger.traffic import size
 from tessera.tracking.choose import Listed
@@ -28,6 +29,7 @@ from tessera.tracking.queries import TRAFFIC, RunSummary
 _LINE_EVERY_S = 5.0
 _LOG_WIDTH = 240  # cut to 80 columns in a log, figures would be lost
 _EVENTS_SHOWN = 20
+STOPPED = "budget/stopped"
 
 
 def show_detail(detail: Detail) -> None:
@@ -48,6 +50,7 @@ def show_detail(detail: Detail) -> None:
             f"{reference(listed)}",
             "cost": _cost(row),
             **_billed(row, rest),
+            **_budget(row, rest),
             "checkpoints": _checkpoints(row, rest["checkpoints"]),
             "time": f"{duration(row.wall_s)} in {plural(row.attempts, 'attempt')}",
             "speed": "-" if row.tokens_per_s is None else f"{row.tokens_per_s:,.0f} tokens/s",
@@ -132,6 +135,29 @@ def _billed(row: RunSummary, rest: Mapping[str, Any]) -> dict[str, str]:
             continue
         parts.append(f"{one['provider']}/{one['instance']}: {told}")
     return {"billed": "; ".join(parts) or "not reconciled"}
+
+
+def _budget(row: RunSummary, rest: Mapping[str, Any]) -> dict[str, str]:
+    """The budget of a run that has one: what is kept back of it, and where it ends the run."""
+    usd = rest["experiment"].get("budget_usd")
+    if usd is None:
+        return {}
+    plans = [event for event in rest["events"] if event["event"] in ("budget/planned", STOPPED)]
+    if not plans:
+        return {"budget": f"{as_typed(usd)}, no end planned yet"}
+    last, step = plans[-1]["details"], row.total_steps
+    done = row.status in ("finished", "budget")
+    tokens = step is not None and step == _steps_of_tokens(rest["experiment"])
+    whose = "the tokens" if tokens and not any(e["event"] == STOPPED for e in plans) else "it"
+    told = f"{as_typed(usd)}, {dollars(last['reserve_usd'], False)} kept back"
+    if step is not None:
+        told += f"; {whose} {'ended' if done else 'ends'} the run at step {step:,}"
+    return {"budget": told}
+
+
+def _steps_of_tokens(experiment: Mapping[str, Any]) -> int | None:
+    tokens = experiment.get("tokens")
+    return None if tokens is None else int(tokens // experiment["batch"]["tokens_per_step"])
 
 
 def _checkpoints(row: RunSummary, saved: Mapping[str, Any]) -> str:

@@ -7,17 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tessera.cloud.offers import Market, with_live
+from tessera.cloud.offers import VAST, Market, with_live
 from tessera.cloud.plan import Corpus, Plan, make_plan
-from tessera.cloud.skypilot import TaskFile, age_note, catalog_market
+from tessera.cloud.skypilot import TaskFile, age_note, catalog_market, not_fetched
 from tessera.cloud.speeds import Measurement, own_measurement, shipped
-from tessera.errors import InputError, TesseraError
+from tessera.errors import InputError, RetryElsewhereError, TesseraError
 from tessera.experiment import Experiment, Pretrain, Sft, load_experiment
 from tessera.storage import Root, open_root
 
 if TYPE_CHECKING:
     from tessera.cloud.cards import Card
 
+BUILT_ELSEWHERE_BYTES = 10 * 10**9
+"""Text that a recipe reads from which on a laptop and its line are not the place to build it."""
 ENOUGH_TRAINING_S = 60.0
 """Seconds of training from which a run's speed says something about the card."""
 _TASKS = {
@@ -60,13 +62,14 @@ def learn(asked: Asked) -> Known:
     settings = load_experiment(asked.experiment, asked.overrides, asked.budget)
     card = _card(asked.gpu)
     file = task_file(settings, asked)
+    provider = asked.provider
     if asked.bid is not None:
         _refuse_bid(asked)
-        file.bid = asked.bid
+        file.bid, provider = asked.bid, VAST.lower()
     root = open_root(asked.root)
-    corpus, fingerprint, notes = _corpus(root, settings)
+    corpus, fingerprint, notes = _corpus(root, settings, file)
     own, unread = _own_runs(root)
-    market = _market(file, card, asked.provider)
+    market = _market(file, card, provider)
     budget = settings.budget_usd if isinstance(settings, Pretrain) else None
     plan = make_plan(
         settings,
@@ -74,7 +77,7 @@ def learn(asked: Asked) -> Known:
         (*own, *shipped()),
         corpus=corpus,
         budget_usd=budget,
-        notes=(*market.notes, *notes, *unread),
+        notes=(*market.notes, *notes, *([] if _same_reason(notes, unread) else unread)),
     )
     return Known(settings, file, card, plan, root, fingerprint)
 
@@ -100,7 +103,18 @@ def _card(text: str | None) -> Card | None:
     return card
 
 
+def _same_reason(notes: list[str], unread: list[str]) -> bool:
+    """Whether a root that is not reached was told of already: its reason ends both sentences."""
+    said = {note.partition(": ")[2].partition(". The plan")[0] for note in notes}
+    return any(reason and reason in sentence for reason in said for sentence in unread)
+
+
 def _refuse_bid(asked: Asked) -> None:
+    if asked.provider not in (None, VAST.lower()):
+        raise InputError(
+            f"--bid is an offer to vast.ai, and --provider asks for {asked.provider}; leave one "
+            "out."
+        )
     if not asked.managed:
         raise InputError(
             "--bid rents machines that can be taken away at any moment, which only a managed job "
@@ -117,33 +131,68 @@ def _market(file: TaskFile, card: Card | None, provider: str | None) -> Market:
     offers = catalog.offers
     if provider is not None:
         offers = tuple(o for o in offers if o.provider.lower() == provider.lower())
-        if not offers:
-            raise InputError(
-                f"{file.path} finds nothing at {provider!r}; it has offers of "
-                f"{', '.join(known) or 'nobody'}."
-            )
+    missing = [name for name in catalog.missing if provider in (None, name.lower())]
+    if not offers and missing:
+        raise RetryElsewhereError(not_fetched(missing).replace("; is", ", so there is no plan; is"))
+    if not offers and provider is not None:
+        raise InputError(
+            f"{file.path} finds nothing at {provider!r}; it has offers of "
+            f"{', '.join(known) or 'nobody'}."
+        )
     live = with_live(offers, file.needs(card), bid=file.bid)
     aged = age_note(live.offers)
     return Market(live.offers, (*catalog.notes, *live.notes, *([aged] if aged else [])))
 
 
-def _corpus(root: Root, settings: Experiment) -> tuple[Corpus | None, str | None, list[str]]:
-    """What the root holds to train on, its fingerprint, and a sentence if it holds nothing."""
-    from tessera.corpus.manifest import resolve
+def _corpus(
+    root: Root, settings: Experiment, file: TaskFile
+) -> tuple[Corpus | None, str | None, list[str]]:
+    """What the root holds to train on, its fingerprint, and a sentence if it holds nothing.
+
+    Raises ``InputError`` where the experiment cannot train on what is there.
+    """
+    from tessera.corpus.manifest import require_fit, resolve
 
     if not isinstance(settings, Pretrain):
         return None, None, []
     try:
         manifest = resolve(root, settings.data.corpus, settings.data.fingerprint)
     except TesseraError as error:
-        return (
-            None,
-            None,
-            [f"{error} The plan takes it to have just the tokens that are asked for."],
-        )
+        taken = "The plan takes it to have just the tokens that are asked for."
+        return None, None, [f"{missing_corpus(root, settings, file, error)} {taken}"]
+    require_fit(
+        manifest,
+        vocab_size=settings.model.vocab_size,
+        sequence=settings.sequence,
+        origin=settings.origin,
+    )
     train = manifest.splits["train"]
     size = sum(shard.bytes for split in manifest.splits.values() for shard in split.shards)
     return Corpus(manifest.name, train.tokens, size), manifest.fingerprint, []
+
+
+def missing_corpus(root: Root, settings: Pretrain, file: TaskFile, error: TesseraError) -> str:
+    """What ``error`` about a corpus comes to: who builds it, and where.
+
+    A large one is built on a rented machine, and a task that builds its own needs no advice.
+    """
+    from tessera.corpus.manifest import find_builds
+    from tessera.corpus.recipe import declared_bytes, recipe_for
+
+    name = settings.data.corpus
+    if not isinstance(error, InputError) or find_builds(root, name):
+        return str(error)
+    recipe = recipe_for(name)
+    if file.builds_corpus and file.envs["TESSERA_MANIFEST"] == recipe:
+        return f"The job of {file.path} builds corpus {name} first, which is not in the root yet."
+    size = declared_bytes(recipe)
+    if size < BUILT_ELSEWHERE_BYTES:
+        return str(error)
+    return (
+        f"Corpus {name!r} is not built in {root.url}, and its recipe reads {size / 1e9:,.0f} GB: "
+        f"build it on a rented machine with `sky launch -c corpus sky/corpus_cpu.yaml --env "
+        f"TESSERA_MANIFEST={recipe}` (docs/first-run.md)."
+    )
 
 
 def _own_runs(root: Root) -> tuple[list[Measurement], list[str]]:

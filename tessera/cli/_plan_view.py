@@ -15,9 +15,10 @@ from rich.table import Table
 
 from tessera.cloud.cards import Card
 from tessera.cloud.launch import cluster_name, job_envs, sky_command
-from tessera.cloud.offers import Offer
+from tessera.cloud.offers import Offer, how_to_enable
 from tessera.cloud.plan import Line, Plan, Work
 from tessera.cloud.skypilot import TaskFile
+from tessera.ledger.dollars import as_typed, dollars
 from tessera.ledger.traffic import size
 
 VERSION = 1
@@ -75,8 +76,11 @@ class Commands:
         return {"tessera": shlex.join(words), "sky": plain}
 
 
-def print_plan(plan: Plan, commands: Commands, limit: int) -> None:
-    """Table, sentences, and the command of each offer, the cheapest in full."""
+def print_plan(plan: Plan, commands: Commands | None, limit: int) -> None:
+    """Table, sentences, and the command of each offer, the cheapest in full.
+
+    Without ``commands``, where one of them has been given already, the table and the sentences.
+    """
     wide = _WIDTH if plan.budget_usd is None else _WIDTH + 12
     console = _console(wide)
     narrow = console.width < wide - 12
@@ -93,7 +97,8 @@ def print_plan(plan: Plan, commands: Commands, limit: int) -> None:
         )
     for sentence in _sentences(plan):
         console.print(sentence, markup=False, soft_wrap=False)
-    _print_commands(console, plan, commands, limit)
+    if commands is not None:
+        _print_commands(console, plan, commands, limit)
 
 
 def _console(width: int) -> Console:
@@ -125,7 +130,7 @@ def _table(plan: Plan, limit: int, *, narrow: bool) -> Table:
         table.add_column(title, justify=side, no_wrap=title != "offer", min_width=least)
     if plan.budget_usd is not None:
         table.add_column(
-            f"${plan.budget_usd:,.0f} pays", justify="right", no_wrap=True, min_width=9
+            f"{as_typed(plan.budget_usd)} pays", justify="right", no_wrap=True, min_width=9
         )
     for number, line in enumerate(plan.lines[:limit], 1):
         cells = _row(number, line, plan)
@@ -140,7 +145,7 @@ def _row(number: int, line: Line, plan: Plan) -> list[str]:
     offer, speed = line.offer, line.speed
     nodes = f"{offer.nodes} x " if offer.nodes > 1 else ""
     gpus = f"{offer.gpus} x " if offer.gpus > 1 else ""
-    total = "" if line.whole or line.total_usd is None else "> "
+    total = "" if line.whole or line.total_usd is None or line.capped else "> "
     cells = [
         str(number),
         place(offer),
@@ -156,9 +161,19 @@ def _row(number: int, line: Line, plan: Plan) -> list[str]:
         f"{total}{_usd(line.total_usd)}",
     ]
     if plan.budget_usd is not None:
-        tokens = line.budget_tokens
-        cells.append("?" if tokens is None else f"{tokens / 1e9:,.2f}B")
+        cells.append(_paid_for(line))
     return cells
+
+
+def _paid_for(line: Line) -> str:
+    """The tokens of a budget; ``<`` where traffic or disk that is not told makes them fewer."""
+    if line.budget is not None and line.budget.eaten_up:
+        return "nothing"
+    tokens = line.budget_tokens
+    if not tokens:
+        return "?" if tokens is None else "nothing"
+    less = "" if line.whole else "< "
+    return f"{less}{tokens / 1e9:,.2f}B" if tokens >= 1e7 else f"{less}{tokens / 1e6:,.3g}M"
 
 
 def place(offer: Offer) -> str:
@@ -179,6 +194,7 @@ def _usd(value: float | None) -> str:
 
 def _sentences(plan: Plan) -> list[str]:
     best = plan.lines[0] if plan.lines else None
+    offers = [line.offer for line in plan.lines]
     said = []
     if best is not None and best.speed.tokens_per_s is not None:
         said.append(f"Speed of 1: {best.speed.how}; {best.speed.basis}.")
@@ -192,8 +208,11 @@ def _sentences(plan: Plan) -> list[str]:
             "Not in the totals: minutes of provisioning and installation, lost machines, and what "
             "your bucket bills. ? is not told by the provider."
         )
+    said += _about_budget(plan)
     if best is not None and all(line.offer.enabled is None for line in plan.lines):
         said.append("Which of these providers you may rent from is not known: run `sky check`.")
+    off = dict.fromkeys(o.provider for o in offers if o.enabled is False)
+    said += [f"{how_to_enable(provider)}." for provider in off]
     if any(line.offer.source == "live" for line in plan.lines):
         said.append(
             "SkyPilot rents by type, so which of vast.ai's machines it takes is not chosen here; a "
@@ -202,9 +221,29 @@ def _sentences(plan: Plan) -> list[str]:
     return [*said, *plan.notes]
 
 
+def _about_budget(plan: Plan) -> list[str]:
+    """What is kept back of a budget, and what its tokens leave out."""
+    left = [line for line in plan.lines if line.budget and not line.budget.eaten_up]
+    if plan.budget_usd is None or not left:
+        return []
+    kept = sorted(line.budget.reserve_usd for line in left if line.budget)
+    least, most = dollars(kept[0]), dollars(kept[-1])
+    between = least if least == most else f"{least} to {most}"
+    told = f"Kept back of {as_typed(plan.budget_usd)} for the end of the run: {between}"
+    said = [f"{told}, by the price of an hour (docs/budget.md)."]
+    if any(line.tokens and line.capped and not line.whole for line in left):
+        said.append(
+            "< marks tokens that traffic and disk, whose price is not told, make fewer; the run "
+            "costs no more than its budget all the same."
+        )
+    return said
+
+
 def _print_commands(console: Console, plan: Plan, commands: Commands, limit: int) -> None:
     best = plan.cheapest
-    shown = [(n, line) for n, line in enumerate(plan.lines[:limit], 1) if line.offer.instance_type]
+    if best is None and plan.why_none:
+        console.print(f"\nNone of these can be launched: {plan.why_none}", markup=False)
+    shown = [(n, line) for n, line in enumerate(plan.lines[:limit], 1) if line.hindrance is None]
     if best is not None:
         both = commands.of(best.offer)
         print()
@@ -252,5 +291,7 @@ def _offer(line: Line, commands: Commands) -> dict[str, Any]:
         "total_is_whole": line.whole,
         "loss_usd": line.loss_usd,
         "budget_tokens": line.budget_tokens,
-        "commands": commands.of(line.offer) if line.offer.instance_type else None,
+        "reserve_usd": None if line.budget is None else line.budget.reserve_usd,
+        "hindrance": line.hindrance,
+        "commands": commands.of(line.offer) if line.hindrance is None else None,
     }

@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 from tessera.cli._refused import estimate, lodger_of
+from tessera.cloud.launch import may_bill
+from tessera.cloud.offers import VAST
 from tessera.cloud.reconcile import Findings, IdleMachine, Lodger, ask_vast, worth_recording
 from tessera.cloud.refusals import Refusal, scan_refusals
 from tessera.cloud.sky_records import NOT_ASKED, catalog_invoices, sky_records
 from tessera.cloud.vast import VastClient, find_key
-from tessera.errors import InputError, TesseraError
+from tessera.errors import InputError, RetryElsewhereError, TesseraError
 from tessera.ledger.invoices import Invoice
 from tessera.ledger.meter import Bill
 from tessera.ledger.traffic import plus_traffic
@@ -35,13 +37,19 @@ class Line:
 
 @dataclass(frozen=True)
 class Reconciled:
-    """Everything that was found; ``errors`` are those of providers that gave no answer."""
+    """Everything that was found; ``errors`` are those of providers that gave no answer.
+
+    ``idle_known``: vast.ai said what bills there now. ``note``: why it was not asked, where that
+    hides nothing that this root knows of.
+    """
 
     lines: tuple[Line, ...]
     unbilled: tuple[str, ...]
     idle: tuple[IdleMachine, ...]
     damaged: tuple[str, ...]
     errors: tuple[TesseraError, ...]
+    idle_known: bool = True
+    note: str = ""
 
 
 @dataclass
@@ -84,7 +92,8 @@ def reconcile(root: Root, provider: str | None = None, *, now: float | None = No
     """Ask the providers of the root's runs (or the one of them) what they billed.
 
     Nothing is written; see ``record``. vast.ai is asked whenever there is a key, since machines may
-    bill that no run knows of. Raises ``InputError`` where runs were on vast.ai and no key is here.
+    bill that no run knows of. Without one that is an error where this root's runs or launches were
+    there, or where it was asked for by name, and else a note.
     """
     now = time.time() if now is None else now
     read = read_histories(root)
@@ -99,13 +108,20 @@ def reconcile(root: Root, provider: str | None = None, *, now: float | None = No
     def chosen(name: str) -> bool:
         return provider in (None, name)
 
-    on_vast = any(lodger.provider == "vast" for lodger in ledger.lodgers)
-    if chosen("vast") and (on_vast or provider == "vast" or find_key()):
+    idle_known, note = False, ""
+    if chosen("vast") and find_key():
         try:
             with VastClient() as client:
                 found.append(ask_vast(client, ledger.lodgers, now))
+                idle_known = True
         except TesseraError as error:
             errors.append(error)
+    elif chosen("vast"):
+        on_vast = any(lodger.provider == "vast" for lodger in ledger.lodgers)
+        why = _why_vast_matters(root, on_vast, asked=provider == "vast")
+        note = _NO_KEY.format(f", {why}" if why else "")
+        if why:
+            errors.append(RetryElsewhereError(note))
     others = [one for one in ledger.lodgers if chosen(one.provider)]
     others = [one for one in others if one.provider not in NOT_ASKED]
     if others:
@@ -120,15 +136,36 @@ def reconcile(root: Root, provider: str | None = None, *, now: float | None = No
         idle=tuple(machine for each in found for machine in each.idle),
         damaged=tuple(str(error) for error in read.damaged.values()),
         errors=tuple(errors),
+        idle_known=idle_known,
+        note="" if errors else note,
     )
 
 
+_NO_KEY = (
+    "vast.ai was not asked, since there is no key here{}: what bills there is not known; "
+    "`vastai set api-key KEY`, or VAST_API_KEY."
+)
+
+
+def _why_vast_matters(root: Root, on_vast: bool, *, asked: bool) -> str:
+    """Why a root cannot be called clear while vast.ai is silent; empty if nothing speaks for it."""
+    if on_vast:
+        return "and runs of this root were there"
+    if launches := may_bill(root, VAST):
+        named = ", ".join(launches[:3]) + (", ..." if len(launches) > 3 else "")
+        return f"and what was launched there may bill ({named})"
+    return "and --provider names it" if asked else ""
+
+
 def _no_bill_of(provider: str, known: Sequence[str], read: Histories) -> str:
-    expected = f"expected {' or '.join(known)}"
+    expected = f"leave --provider out, or give {' or '.join(known)}"
     if provider in NOT_ASKED:
         return f"Nobody sends a bill for machines of {provider!r}; {expected}."
     unread = f", as far as they can be read ({'; '.join(map(str, read.damaged.values()))})"
-    return f"No run of this root was on {provider!r}{unread if read.damaged else ''}; {expected}."
+    return (
+        f"No run of this root was on {provider!r}{unread if read.damaged else ''}, so there is no "
+        f"bill to ask for; {expected}."
+    )
 
 
 def _line(invoice: Invoice, ledger: _Ledger, known: Mapping[Place, Invoice]) -> Line:

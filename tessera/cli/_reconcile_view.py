@@ -27,7 +27,7 @@ def as_document(found: Reconciled, *, recorded: bool) -> dict[str, Any]:
         ],
         "unbilled": list(found.unbilled),
         "idle": [asdict(machine) for machine in found.idle],
-        "idle_usd_per_hour": _idle_usd_per_hour(found),
+        "idle_usd_per_hour": _idle_usd_per_hour(found) if found.idle_known else None,
         "errors": [str(error) for error in found.errors],
     }
 
@@ -41,8 +41,10 @@ def show(found: Reconciled) -> None:
         ("instance", "runs", "ledger", "billed", "difference", "of it", "state"),
         [_cells(line) for line in found.lines],
     )
-    if not found.lines:
+    if not found.lines and not found.errors:
         click.echo("No provider tells a bill for a run of this root.")
+    if found.note:
+        click.echo(found.note)
     for name in found.unbilled:
         click.echo(f"{name}: no charge is told yet; ask again in some hours.")
     show_table(

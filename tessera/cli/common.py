@@ -22,7 +22,7 @@ def root_option(function: F) -> F:
         "--root",
         envvar="TESSERA_ROOT",
         default=".tessera",
-        show_default=True,
+        show_default="the root that `tessera configure` wrote to ~/.tessera/env, else .tessera",
         metavar="URL",
         callback=not_empty,
         help="Folder or URL (s3://bucket/prefix) that holds corpora, runs and records; "
@@ -40,6 +40,20 @@ def not_empty(context: click.Context, parameter: click.Parameter, value: str | N
             "it out for TESSERA_ROOT or the folder .tessera."
         )
     return value
+
+
+def provider_named(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> str | None:
+    """A provider as SkyPilot spells it in small letters; vast.ai goes by its own name too."""
+    from tessera.errors import InputError
+
+    if value is None:
+        return None
+    name = value.strip().lower()
+    if not name:
+        raise InputError("--provider is empty; name one, such as vast, or leave it out for all.")
+    return "vast" if name in ("vast.ai", "vastai") else name
 
 
 def place_named(root: Root) -> str:

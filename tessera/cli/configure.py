@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import click
 
@@ -22,15 +24,26 @@ from tessera.cloud.credentials import (
 
 _NONE = "-"  # as an answer: no value
 _MLFLOW = "MLFLOW_TRACKING_URI"
+_ROOT = "TESSERA_ROOT"
+_ENDPOINT = "AWS_ENDPOINT_URL"
+_TRIED = {
+    "root": {s.variable for s in SETTINGS if s.variable == _ROOT or s.variable.startswith("AWS_")},
+    "MLflow": {s.variable for s in SETTINGS if s.variable.startswith("MLFLOW_")},
+}
+"""The settings that a check of that name rests on."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """What trying a setting came to; ``ok`` is None for what is told and does not count."""
+    """What trying a setting came to; ``ok`` is None for what is told and does not count.
+
+    ``unknown``: what was asked did not answer, so nothing is known of it.
+    """
 
     name: str
     ok: bool | None
     text: str
+    unknown: bool = False
 
 
 def _options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -64,9 +77,9 @@ def configure(from_env: bool, check: bool, no_check: bool, as_json: bool, **opti
     --from-env. The vast.ai key is not among them: `vastai set api-key` keeps that one.
 
     Exit codes: 0 written, or all checks passed; 2 something cannot be used, and nothing was
-    written.
+    written; 75 --check could not try all of it.
     """
-    from tessera.errors import InputError
+    from tessera.errors import InputError, RetryElsewhereError
 
     path = env_file()
     before = read_settings(path)
@@ -79,10 +92,12 @@ def configure(from_env: bool, check: bool, no_check: bool, as_json: bool, **opti
         values = before
     elif given or from_env:
         values = _merged(before, {**(_set_variables() if from_env else {}), **given})
+        _require_root(values, from_env)
     else:
-        values = _merged(before, _ask(before))
-    validate(values)
-    checks = [] if no_check else run_checks(values)
+        values, checks = _asked_until_right(before, no_check)
+    if check or given or from_env:
+        validate(values)
+        checks = [] if no_check else run_checks(values)
     failed = [item for item in checks if item.ok is False]
     written = not check and not failed
     if written:
@@ -92,7 +107,58 @@ def configure(from_env: bool, check: bool, no_check: bool, as_json: bool, **opti
         names = " and ".join(item.name for item in failed)
         wrote = "" if check else f" and {path} was not written (--no-check would)"
         raise InputError(f"The check of {names} failed{wrote}; put right what is said above.")
+    unknown = [item.name for item in checks if item.unknown]
+    if check and unknown:
+        raise RetryElsewhereError(
+            f"{' and '.join(unknown)} did not answer, so whether the key works is not known; try "
+            "again later."
+        )
     return 0
+
+
+def _require_root(values: Mapping[str, str], from_env: bool) -> None:
+    from tessera.errors import InputError
+
+    if from_env and not values.get(_ROOT):
+        raise InputError(
+            "--from-env found no TESSERA_ROOT among the variables, and a rented machine needs a "
+            "root that it can reach; export TESSERA_ROOT=s3://bucket/prefix, or add --root."
+        )
+
+
+def _asked_until_right(
+    before: Mapping[str, str], no_check: bool
+) -> tuple[dict[str, str], list[Check]]:
+    """The answers, and what trying them came to; what fails is asked again, the rest is kept."""
+    from tessera.errors import InputError
+
+    values = dict(before)
+    settings: Sequence[Setting] = SETTINGS
+    while True:
+        values = _merged(values, _ask(values, settings))
+        try:
+            validate(values)
+        except InputError as error:
+            if not _at_terminal() or not _again(str(error)):
+                raise
+            settings = SETTINGS
+            continue
+        checks = [] if no_check else run_checks(values)
+        failed = [item for item in checks if item.ok is False]
+        told = "\n".join(f"FAIL {item.name}: {item.text}" for item in failed)
+        if not failed or not _at_terminal() or not _again(told):
+            return values, checks
+        of_them = {name for item in failed for name in _TRIED[item.name]}
+        settings = tuple(setting for setting in SETTINGS if setting.variable in of_them)
+
+
+def _again(told: str) -> bool:
+    click.echo(told, err=True)
+    return click.confirm("Answer that again?", default=True, err=True)
+
+
+def _at_terminal() -> bool:
+    return sys.stdin.isatty()
 
 
 def _set_variables() -> dict[str, str]:
@@ -105,18 +171,18 @@ def _merged(before: Mapping[str, str], answers: Mapping[str, str]) -> dict[str, 
     return {name: value for name, value in values.items() if value not in ("", _NONE)}
 
 
-def _ask(before: Mapping[str, str]) -> dict[str, str]:
+def _ask(before: Mapping[str, str], settings: Sequence[Setting]) -> dict[str, str]:
     from tessera.errors import InputError
 
     click.echo("Return keeps what stands in brackets, - removes it.", err=True)
     answers: dict[str, str] = {}
     try:
-        for setting in SETTINGS:
+        for setting in settings:
             if not _of_no_server(setting, answers):
                 answers[setting.variable] = _answer(setting, before)
         return answers
     except click.Abort:
-        if sys.stdin.isatty():
+        if _at_terminal():
             raise
         raise InputError(
             "There is nobody to ask here; give the answers as options, or as variables with "
@@ -147,7 +213,7 @@ def _answer(setting: Setting, before: Mapping[str, str]) -> str:
         try:
             validate_one(setting.variable, answer.strip())
         except InputError as error:
-            if not sys.stdin.isatty():
+            if not _at_terminal():
                 raise
             click.echo(f"{error}", err=True)
             continue
@@ -167,23 +233,53 @@ def validate_one(variable: str, value: str) -> None:
 
     if value in ("", _NONE):
         return
-    if variable == "TESSERA_ROOT" and "://" not in value:
+    if variable == _ROOT and (found := _bucket_of(value)):
+        raise InputError(f"{value!r} is a bucket's web address; write {found}.")
+    if variable == _ROOT and "://" not in value:
         raise InputError(
             f"{value!r} is a folder of this machine; a rented machine needs one that it can reach: "
             "--root s3://bucket/prefix."
         )
-    if variable in (_MLFLOW, "AWS_ENDPOINT_URL") and not value.startswith(("http://", "https://")):
+    if variable in (_MLFLOW, _ENDPOINT) and not value.startswith(("http://", "https://")):
         raise InputError(
             f"{variable} is {value!r}; expected a URL that begins with https:// or http://."
         )
-    if variable == PRICE_VARIABLE:
-        choose_price(variable=value)
+    if variable == PRICE_VARIABLE and choose_price(variable=value).usd_per_hour == 0:
+        raise InputError(
+            f"{variable} is {value}, and no rented machine costs nothing: its runs would be shown "
+            "as free; give its price, or - for none."
+        )
     if variable in (UP_VARIABLE, DOWN_VARIABLE):
         choose_traffic_price(variable=value, name=variable)
     if variable == "TESSERA_ALERT_WEBHOOK":
         from tessera.tracking.webhooks import webhooks
 
         webhooks({variable: value})
+
+
+def _bucket_of(url: str) -> str | None:
+    """``s3://bucket/prefix`` of Amazon's web address of it; None for what is none."""
+    found = re.fullmatch(
+        r"https?://(?:([^/.]+(?:\.[^/]+)*?)\.)?s3[.-](?:[a-z0-9-]+\.)?amazonaws\.com(/.*)?", url
+    )
+    if found is None:
+        return None
+    path = (found[2] or "").strip("/")
+    whole = "/".join(part for part in (found[1], path) if part)
+    return f"s3://{whole or 'bucket/prefix'}"
+
+
+def _warnings(values: Mapping[str, str]) -> list[str]:
+    """What works on this machine and will not on a rented one."""
+    return [
+        f"{name} is {values[name]}, which is this machine alone: a rented one does not reach it."
+        for name in (_ENDPOINT, _MLFLOW)
+        if (urlsplit(values.get(name, "")).hostname or "") in _HERE
+        or (urlsplit(values.get(name, "")).hostname or "").startswith("127.")
+    ]
+
+
+_HERE = frozenset({"localhost", "::1", "0.0.0.0", "host.docker.internal"})
 
 
 def validate(values: Mapping[str, str]) -> None:
@@ -229,12 +325,13 @@ def run_checks(values: Mapping[str, str]) -> list[Check]:
 
 
 def _try(name: str, work: Callable[[], str], *, counts: bool = True) -> Check:
-    from tessera.errors import TesseraError
+    from tessera.errors import RetryElsewhereError, TesseraError
 
     try:
         return Check(name, True if counts else None, work())
     except TesseraError as error:
-        return Check(name, False if counts else None, str(error))
+        unknown = not counts and isinstance(error, RetryElsewhereError)
+        return Check(name, False if counts else None, str(error), unknown)
 
 
 def _root(url: str) -> str:
@@ -278,12 +375,15 @@ def _tell(
             "written": written,
             "variables": names,
             "checks": [asdict(item) for item in checks],
+            "warnings": _warnings(values),
         }
         print_json(document)
         return
     for item in checks:
         sign = {True: "ok  ", False: "FAIL", None: "    "}[item.ok]
-        click.echo(f"{sign} {item.name}: {item.text}")
+        click.echo(f"{'?   ' if item.unknown else sign} {item.name}: {item.text}")
+    for sentence in _warnings(values):
+        click.echo(f"!    {sentence}")
     if written:
         click.echo(f"Wrote {path}, which only you can read. Next, for cents (docs/first-run.md):")
         click.echo("tessera launch experiments/smoke.yaml --task sky/smoke_cpu.yaml")

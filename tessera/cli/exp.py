@@ -23,6 +23,7 @@ from tessera.cli.common import (
     place_named,
     plain,
     print_json,
+    provider_named,
     root_option,
     run_command,
     tell_damaged,
@@ -169,7 +170,12 @@ def promote(
     )
 )
 @root_option
-@click.option("--provider", metavar="NAME", help="Only this one, such as vast; else all.")
+@click.option(
+    "--provider",
+    metavar="NAME",
+    callback=provider_named,
+    help="Only this one, such as vast; else all.",
+)
 @click.option("--yes", is_flag=True, help="Record what was billed without asking.")
 @json_option
 def reconcile(root: str, provider: str | None, yes: bool, as_json: bool) -> int:
@@ -179,7 +185,7 @@ def reconcile(root: str, provider: str | None, yes: bool, as_json: bool) -> int:
     as what they are, a catalog's price. Both figures are kept; run it as often as you like.
 
     Exit codes: 0 nothing wrong; 3 a machine bills although no run uses it; 2 bad input or a damaged
-    record; 75 a provider did not answer.
+    record; 75 a provider did not answer, or could not be asked though machines may bill there.
     """
     from tessera.cli import _reconcile_view as view
     from tessera.cli._reconcile import reconcile as compare

@@ -248,6 +248,8 @@ def _alerts_line(found: Everything) -> str | None:
 
 
 def _nothing(store: Root, found: Everything, wanted: Wanted) -> str:
+    from tessera.cloud.credentials import root_written
+
     if found.rows:
         hidden = sum(row.annotated.archived for row in found.rows)
         also = f" ({hidden:,} archived: --archived)" if hidden and not wanted.archived else ""
@@ -257,7 +259,7 @@ def _nothing(store: Root, found: Everything, wanted: Wanted) -> str:
     if store.is_absent():
         where = f"{place_named(store)}; correct --root or TESSERA_ROOT, or"
     else:
-        where = f"{store.url} yet;"
+        where = f"{store.url}{root_written(store.url)} yet;"
     return f"No runs in {where} start one with `tessera train`."
 
 

@@ -42,16 +42,21 @@ def launch(
 
     The same command continues a run that stopped. Ctrl-C while the machine is being set up gives it
     back; later it only ends the following. A launch that does not start leaves nothing that bills.
+    `tessera plan` with the same options is the dry run.
 
     Exit codes are those of `tessera train`; 130 after Ctrl-C.
     """
     from tessera.errors import InputError
 
-    if (experiment is None) == (name is None):
-        raise InputError("Give an experiment to launch, or --stop with the name of what to end.")
+    if experiment is not None and name is not None:
+        raise InputError(
+            f"{experiment} would be launched and {name or 'nothing'} ended, not both at once; give "
+            "an experiment, or --stop with a name."
+        )
     if name is not None:
         return _stop(name)
-    assert experiment is not None
+    if experiment is None:
+        raise InputError("Give an experiment to launch, or --stop with the name of what to end.")
     return _launch(experiment, options, yes=yes, detach=detach, run_id=run_id)
 
 
@@ -59,12 +64,22 @@ def _stop(name: str) -> int:
     from tessera.cloud.give_back import stop
     from tessera.cloud.launch import INTERRUPTED
     from tessera.cloud.rent import SkyPilot
+    from tessera.cloud.vast import find_key
+    from tessera.errors import InputError
 
-    click.echo(f"Asking SkyPilot and vast.ai about {name} ...", err=True)
+    if not name.strip():
+        raise InputError(
+            "--stop is empty, so nothing was asked or ended; give the name of a cluster or job, "
+            "which `sky status` and `sky jobs queue` list."
+        )
+    who = "SkyPilot and vast.ai" if find_key() else "SkyPilot (no vast.ai key here)"
+    click.echo(f"Asking {who} about {name} ...", err=True)
     found = stop(SkyPilot(), name)
     if found.interrupted:
         click.echo(" ".join(found.left), err=True)
         return INTERRUPTED
+    if found.ended and found.left:
+        click.echo(f"Ended: {', '.join(found.ended)}.")
     found.require()
     click.echo(f"Gone: {', '.join(found.ended)}. Nothing of {name} bills any more.")
     return 0
@@ -80,18 +95,38 @@ def _launch(
 
     asked = asked_for(experiment, options)
     inside = _inside(experiment)
+    _require_run_id(run_id)
     require_settings()
     known = learn(asked)
     _require_reachable(known)
     _require_data(known, base_note(known.settings, known.root))
     commands = commands_for(known, inside, options, run_id)
-    print_plan(known.plan, commands, limit=5)
+    _require_somebody(yes)
+    print_plan(known.plan, None, limit=5)
     order = _order(known, commands)
     renter = SkyPilot()
     check(order, known.root, renter)
     if not yes:
         _confirm(order)
     return launch(order, known.root, renter, click.echo, detach=detach)
+
+
+def _require_run_id(run_id: str | None) -> None:
+    """A name that training would refuse is refused before a machine is rented for it."""
+    from tessera.runs import require_run_id
+
+    if run_id is not None:
+        require_run_id(run_id)
+
+
+def _require_somebody(yes: bool) -> None:
+    """Raises ``InputError`` where nobody can be asked, before a server of SkyPilot's starts."""
+    import sys
+
+    from tessera.errors import InputError
+
+    if not yes and not sys.stdin.isatty():
+        raise InputError("Nobody can be asked here, and this costs money; add --yes to agree.")
 
 
 def _inside(experiment: str) -> str:
@@ -130,6 +165,7 @@ def _require_reachable(known: Known) -> None:
 
 def _require_data(known: Known, base: str | None) -> None:
     """What is trained on has to be there, unless the task builds it first."""
+    from tessera.cli._plan_inputs import missing_corpus
     from tessera.errors import InputError
     from tessera.experiment import Pretrain
 
@@ -139,14 +175,21 @@ def _require_data(known: Known, base: str | None) -> None:
     if isinstance(known.settings, Pretrain) and missing:
         from tessera.corpus.manifest import resolve
 
-        resolve(known.root, known.settings.data.corpus, known.settings.data.fingerprint)
+        data = known.settings.data
+        try:
+            resolve(known.root, data.corpus, data.fingerprint)
+        except InputError as error:
+            sentence = missing_corpus(known.root, known.settings, known.file, error)
+            raise InputError(sentence) from error
 
 
 def _order(known: Known, commands: Commands) -> Order:
     from tessera.cloud.launch import Order, cluster_name
-    from tessera.errors import RetryElsewhereError
+    from tessera.errors import InputError, RetryElsewhereError
 
     line = known.plan.cheapest
+    if line is None and known.plan.lines:
+        raise InputError(known.plan.why_none)
     if line is None:
         raise RetryElsewhereError(
             "No provider offers a machine that fits, so nothing was rented; try --gpu, --provider, "
@@ -168,14 +211,9 @@ def _order(known: Known, commands: Commands) -> Order:
 
 
 def _confirm(order: Order) -> None:
-    """Ask; ``click.Abort`` for no. Raises ``InputError`` where nobody can answer."""
-    import sys
-
+    """Ask; ``click.Abort`` for no."""
     from tessera.cli._plan_view import place
-    from tessera.errors import InputError
 
-    if not sys.stdin.isatty():
-        raise InputError("Nobody can be asked here, and this costs money; add --yes to agree.")
     offer, line = order.offer, order.line
     about = "" if line.total_usd is None else f", about ${line.total_usd:,.0f} in all"
     what = f"{offer.gpus} x {offer.gpu}" if offer.gpus else "a machine"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from tessera.cli.common import epilog, json_option, not_empty, print_json
+from tessera.cli.common import epilog, json_option, not_empty, print_json, provider_named
 
 if TYPE_CHECKING:
     from tessera.cli._plan_inputs import Asked, Known
@@ -27,13 +27,21 @@ def offer_options(function: F) -> F:
             help="Override one setting, for example --set tokens=6553600; may be repeated.",
         ),
         click.option("--gpu", metavar="NAME", help="Another GPU than the task's: H200, H100 NVL."),
-        click.option("--provider", metavar="NAME", help="Offers of this provider alone."),
+        click.option(
+            "--provider",
+            metavar="NAME",
+            callback=provider_named,
+            help="Offers of this provider alone: vast, runpod, lambda.",
+        ),
         click.option("--budget", metavar="USD", help="US dollars that the run may cost."),
         click.option(
             "--managed", is_flag=True, help="As a managed job: lost machines are replaced."
         ),
         click.option(
-            "--bid", type=float, metavar="USD", help="US dollars an hour bid at vast.ai; --managed."
+            "--bid",
+            type=float,
+            metavar="USD",
+            help="US dollars an hour bid at vast.ai, and rented there alone; --managed.",
         ),
         click.option("--task", metavar="FILE", help="Another task YAML than the kind's own."),
         click.option(
@@ -68,6 +76,8 @@ def plan(experiment: str, limit: int, as_json: bool, **options: Any) -> None:
 
     Prices are SkyPilot's catalogs' and, where vast.ai's key is, its offers of this moment. Speeds
     are measured, or are called a projection. Nothing is rented.
+
+    Exit codes: 0; 2 what cannot be used; 75 no prices could be had.
     """
     known = learn_from(experiment, options)
     from tessera.cli._plan_view import document, print_plan
@@ -118,6 +128,7 @@ def commands_for(
     """How the plan's offers are launched."""
     from tessera.cli._plan_view import Commands
     from tessera.cloud.launch import run_id_of
+    from tessera.cloud.offers import VAST
 
     gpu = known.file.needs(known.card).gpus > 0
     # A task that builds its corpus first: the id must not change once it has done so.
@@ -133,6 +144,6 @@ def commands_for(
         managed=options["managed"],
         bid=options["bid"],
         task=options["task"],
-        provider=options["provider"],
+        provider=options["provider"] or (None if options["bid"] is None else VAST.lower()),
         run_id=run_id or run_id_of(known.settings, fingerprint, gpu=gpu),
     )

@@ -53,7 +53,7 @@ def _limit(name: str, default: float, text: str) -> Callable[[F], F]:
     help="Try this root too; also TESSERA_ROOT.",
 )  # fmt: skip
 @click.option("--gpu", metavar="NAME", help="Part of what nvidia-smi must report; TESSERA_GPU.")
-@click.option("--gpus", metavar="N", help="How many of them; TESSERA_GPUS, else 1.")
+@click.option("--gpus", metavar="N", help="How many of them; TESSERA_GPUS, else 1. Alone: any.")
 @click.option("--bench/--no-bench", default=None, help="Measure steps; default: on a GPU.")
 @_limit("min-speed", 0.8, "Share of the tokens/s measured for this card.")
 @_limit("min-projected-speed", 0.5, "The same where they are only projected from another card.")

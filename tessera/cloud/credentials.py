@@ -158,6 +158,17 @@ def apply_defaults(
             environ[name] = value
 
 
+def root_written(url: str, environ: Mapping[str, str] = os.environ) -> str:
+    """`` (the root in <file>)`` if the file names this root, for a sentence; else nothing."""
+    path = env_file(environ)
+    try:
+        written = read_settings(path).get(_ROOT, "")
+    except InputError:
+        return ""
+    same = bool(written) and written.rstrip("/") == url.rstrip("/")
+    return f" (the root in {path})" if same else ""
+
+
 def _roots_in(arguments: Sequence[str]) -> list[str]:
     """The values of ``--root`` on a command line."""
     return [value for name, value in pairwise(arguments) if name == "--root"] + [

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
-from tessera.cloud.offers import VAST
+from tessera.cloud.offers import KEY_COMMAND, VAST
 from tessera.cloud.rent import Renter, is_labelled
 from tessera.cloud.skypilot import first_line
 from tessera.cloud.vast import VastClient, VastInstance, find_key
@@ -76,9 +76,10 @@ def give_back(
 def stop(renter: Renter, name: str, *, sleep: Sleep = time.sleep) -> GivenBack:
     """End whatever goes by that name, cluster and managed jobs, and make sure of it.
 
-    ``InputError`` if there is nothing of that name anywhere.
+    ``InputError`` if there is nothing of that name anywhere. Without a key of vast.ai's that is not
+    known, whatever SkyPilot says: a machine of which it lost the record bills all the same.
     """
-    with closing(_Ending(renter, name, (False, True), False)) as ending:
+    with closing(_Ending(renter, name, (False, True), True)) as ending:
         try:
             ending.watch(_AFTER_STOP, sleep)
         except KeyboardInterrupt:
@@ -113,7 +114,8 @@ class _Ending:
         self._vast: VastClient | None = None
         if must_ask_vast and not self._ask_vast:
             self.at_vast.append(
-                f"There is no vast.ai key here to make sure that {name} is gone; look at {CONSOLE}."
+                f"Whether vast.ai still bills for {name} is not known (there is no vast.ai key "
+                f"here to make sure, `{KEY_COMMAND}`); look at {CONSOLE}."
             )
 
     def watch(self, quiet: int, sleep: Sleep) -> None:

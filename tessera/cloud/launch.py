@@ -190,11 +190,8 @@ def require_settings() -> dict[str, str]:
 
 def check(order: Order, root: Root, renter: Renter) -> None:
     """What can be refused before anything is rented: ``InputError``, ``ConflictError``."""
-    if order.offer.enabled is False:
-        raise InputError(
-            f"{order.offer.provider} is not enabled in SkyPilot; run "
-            f"`sky check {order.offer.provider.lower()}`, or choose another with --provider."
-        )
+    if order.line.hindrance is not None:
+        raise InputError(order.line.hindrance)
     try:
         ending = open_run(root, order.run_id).finished()
     except NotFoundError:
@@ -231,6 +228,9 @@ def launch(
     record = _Record(root, order)
     try:
         job = renter.start(task, order.name, order.managed)
+    except InputError as error:
+        record.end("refused", first_line(error), None)
+        raise
     except (KeyboardInterrupt, Exception) as error:
         interrupted = isinstance(error, KeyboardInterrupt)
         say(
@@ -381,6 +381,24 @@ class _Record:
                 f"launches/{self.id}.end.json",
                 {"outcome": outcome, "reason": reason, "at": time.time(), "may_bill": list(left)},
             )
+
+
+def may_bill(root: Root, provider: str) -> list[str]:
+    """Names of this root's launches that may still bill at a provider, as their records have it.
+
+    Those that said so at their end, and those of which nobody recorded an end. Raises
+    ``StoreError``.
+    """
+    files = set(root.files("launches"))
+    found: dict[str, None] = {}
+    for path in sorted(path for path in files if not path.endswith(".end.json")):
+        end = path.removesuffix(".json") + ".end.json"
+        if end in files and not root.read_json(end).get("may_bill"):
+            continue
+        launched = root.read_json(path)
+        if any(place[0] == provider for place in launched.get("may_rent", ())):
+            found[str(launched.get("name"))] = None
+    return list(found)
 
 
 def _offer_record(offer: Offer) -> dict[str, Any]:

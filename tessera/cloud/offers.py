@@ -16,6 +16,7 @@ from tessera.cloud.vast import VastClient, VastOffer, find_key
 from tessera.errors import InputError, ProviderError
 
 VAST = "Vast"
+KEY_COMMAND = "vastai set api-key KEY"
 _HOURS_A_MONTH = 730.0
 
 
@@ -59,6 +60,12 @@ class Offer:
         return (self.usd_per_hour + (self.storage_usd_per_hour or 0.0)) * self.nodes
 
 
+def how_to_enable(provider: str) -> str:
+    """That SkyPilot may not rent there, and what changes it."""
+    first = f"{KEY_COMMAND} && " if provider == VAST else ""
+    return f"{provider} is not enabled: `{first}sky check {provider.lower()}`"
+
+
 @dataclass(frozen=True)
 class Needs:
     """What the task asks of a machine; GB, dollars an hour; None: no limit."""
@@ -80,10 +87,14 @@ class Needs:
 
 @dataclass(frozen=True)
 class Market:
-    """Offers, and sentences about what could not be asked."""
+    """Offers, and sentences about what could not be asked.
+
+    ``missing``: providers whose catalog could not be fetched.
+    """
 
     offers: tuple[Offer, ...]
     notes: tuple[str, ...]
+    missing: tuple[str, ...] = ()
 
 
 def with_live(
@@ -96,19 +107,22 @@ def with_live(
     """The catalog's offers, those of vast.ai replaced by what it offers now, if it answers.
 
     Without a key, or when vast.ai fails, the catalog's prices remain and a sentence says why.
-    ``bid`` takes the interruptible offers that such a price (dollars an hour) wins.
+    ``bid`` takes the interruptible offers that such a price (dollars an hour) wins; where vast.ai
+    does not tell them, the bid is the price, and nobody knows whether it wins.
     """
+    catalog = [_at_bid(offer, bid) for offer in catalog]
     of_vast = [offer for offer in catalog if offer.provider == VAST and offer.card is not None]
     if not of_vast or needs.gpus == 0:  # who needs no GPU takes what is cheapest
         return Market(tuple(catalog), ())
+    kept = "the catalog's" if bid is None else f"your bid of ${bid:.2f}/h, won or not"
     if find_key() is None:
-        note = "No vast.ai key here (`vastai set api-key KEY`): its prices are the catalog's."
+        note = f"No vast.ai key here (`{KEY_COMMAND}`): its prices are {kept}."
         return Market(tuple(catalog), (note,))
     try:
         with client() as vast:
             live = _ask(vast, of_vast, needs, bid)
     except (ProviderError, InputError) as error:
-        note = f"{str(error).rstrip('.')}. The prices of vast.ai below are the catalog's."
+        note = f"{str(error).rstrip('.')}. The prices of vast.ai below are {kept}."
         return Market(tuple(catalog), (note,))
     notes: tuple[str, ...] = ()
     if not live:
@@ -116,6 +130,13 @@ def with_live(
         notes = (f"vast.ai has no machine now that fits{at}; its catalog's offers are left out.",)
     rest = [offer for offer in catalog if offer.provider != VAST]
     return Market((*live, *rest), notes)
+
+
+def _at_bid(offer: Offer, bid: float | None) -> Offer:
+    """What is bid for vast.ai's machine is what its hour costs, whatever the catalog says."""
+    if bid is None or offer.provider != VAST:
+        return offer
+    return replace(offer, usd_per_hour=bid, catalog_usd_per_hour=bid, bid=True)
 
 
 def _ask(
@@ -179,6 +200,7 @@ def _fits(row: VastOffer, offer: Offer, needs: Needs) -> bool:
 
 def _rented_as(offer: Offer, catalog: Iterable[Offer]) -> Offer:
     """With the instance type by which SkyPilot rents such a card: the catalog's cheapest."""
+    offer = replace(offer, enabled=next((other.enabled for other in catalog), None))
     same = [other for other in catalog if other.card == offer.card and other.gpus == offer.gpus]
     if not same:
         return offer
@@ -189,5 +211,4 @@ def _rented_as(offer: Offer, catalog: Iterable[Offer]) -> Offer:
         accelerators=best.accelerators,
         nodes=best.nodes,
         catalog_usd_per_hour=best.usd_per_hour,
-        enabled=best.enabled,
     )

@@ -6,6 +6,10 @@
              up:   12 bytes a parameter at every checkpoint.every_steps, the model once at the end
     disk     hours x price of the disk, where the provider tells it apart
 
+A budget pays for what is left of it once the reserve is kept back, by the trainer's own formula
+(``tessera.ledger.budget``); where it ends the run before the tokens do, hours and dollars are those
+of the run that it ends.
+
 Left out, and said so: minutes of provisioning and installation, machines that are lost (what one
 costs is told beside the plan), and what the bucket itself bills.
 """
@@ -16,15 +20,15 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tessera.cloud.offers import Offer
+from tessera.cloud.offers import Offer, how_to_enable
 from tessera.cloud.speeds import Measurement, Speed, published, speed_of
 from tessera.errors import InputError
 from tessera.experiment import Experiment, Pretrain
+from tessera.ledger.budget import CHECKPOINT_BYTES, MODEL_BYTES, Budget, kept_back, nothing_left
+from tessera.ledger.dollars import as_typed
 from tessera.model.shape import ModelShape, parameters
 
 _GB = 10**9
-_STATE_BYTES = 12  # a parameter: float32 weights and two moments
-_MODEL_BYTES = 4  # a parameter: float32
 _TOKEN_BYTES = 2  # shards hold uint16
 FEW_EPOCHS = 4.0
 """More passes over the same text teach little (Muennighoff et al. 2023, 2305.16264)."""
@@ -55,21 +59,21 @@ class Work:
     @classmethod
     def of(cls, experiment: Pretrain, corpus: Corpus | None, tokens: int) -> Work:
         """Without a corpus the shards are taken to hold just these tokens."""
-        count = parameters(ModelShape(**experiment.model.model_dump(exclude={"init_std"})))
+        count = _parameters(experiment)
         every, per_step = experiment.checkpoint.every_steps, experiment.batch.tokens_per_step
         saves = tokens // per_step // every
         epochs = None if corpus is None else tokens / max(1, corpus.tokens)
         shards = _TOKEN_BYTES * tokens if corpus is None else corpus.bytes
         fits = shards <= experiment.data.cache_gib * 2**30
         passes = 1.0 if epochs is None else min(1.0, epochs) if fits else epochs
-        state = _STATE_BYTES * count
+        state = CHECKPOINT_BYTES * count
         return cls(
             tokens=tokens,
             epochs=epochs,
             down_bytes=round(shards * passes),
             checkpoint_bytes=state,
             checkpoints=saves,
-            up_bytes=saves * state + _MODEL_BYTES * count,
+            up_bytes=saves * state + MODEL_BYTES * count,
             resume_bytes=state + round(shards * min(1.0, passes) if fits else 0),
             tokens_at_risk=every * per_step / 2,
         )
@@ -79,7 +83,8 @@ class Work:
 class Line:
     """One offer, worked out. US dollars; None: not known. ``total_usd`` adds up what is known.
 
-    ``tokens`` are the experiment's, else those that its budget buys here (``budget_tokens``).
+    ``tokens`` are the experiment's, or those that its budget buys here (``budget_tokens``) if they
+    are fewer. ``budget`` is that budget with what is kept back of it at this price.
     """
 
     offer: Offer
@@ -92,6 +97,29 @@ class Line:
     total_usd: float | None
     loss_usd: float | None
     budget_tokens: int | None
+    budget: Budget | None = None
+
+    @property
+    def capped(self) -> bool:
+        """Whether the budget ends the run here, so that it costs no more than that."""
+        return self.tokens is not None and self.tokens == self.budget_tokens
+
+    @property
+    def hindrance(self) -> str | None:
+        """Why this is not launched, in a sentence; None if nothing is known against it."""
+        offer, price = self.offer, self.offer.billed_usd_per_hour
+        if offer.enabled is False:
+            return f"{how_to_enable(offer.provider)}, or choose another with --provider."
+        if not offer.instance_type:
+            return f"SkyPilot has no name for a {offer.gpu} at {offer.provider}; choose another."
+        if self.budget is not None and self.budget.eaten_up:
+            return nothing_left(self.budget, price)
+        if self.budget is not None and self.budget_tokens == 0:
+            return (
+                f"A budget of {as_typed(self.budget.usd)} pays for no step at {as_typed(price)} an "
+                "hour, since something is kept back for the run's end; raise it."
+            )
+        return None
 
     @property
     def whole(self) -> bool:
@@ -111,10 +139,13 @@ class Plan:
 
     @property
     def cheapest(self) -> Line | None:
-        """The first line that can be launched: at a provider that is enabled, if one is."""
-        launchable = [line for line in self.lines if line.offer.instance_type]
-        enabled = [line for line in launchable if line.offer.enabled is not False]
-        return next(iter(enabled or launchable), None)
+        """The first line that can be launched, as far as is known here."""
+        return next((line for line in self.lines if line.hindrance is None), None)
+
+    @property
+    def why_none(self) -> str:
+        """Why none of the lines can be launched, by the one that would come first."""
+        return next((line.hindrance for line in self.lines if line.hindrance), "")
 
 
 def make_plan(
@@ -146,12 +177,10 @@ def make_plan(
 
 
 def _cheapest_first(line: Line) -> tuple[bool, float, float, float]:
-    """By total; offers that one budget makes equal by how many tokens they give for it."""
+    """By total; offers where a budget ends the run come by how many tokens they give for it."""
     total = line.total_usd
     cents = round(total or 0.0, 2)
-    only_budget = line.tokens is not None and line.tokens == line.budget_tokens
-    more = -float(line.tokens or 0) if only_budget else 0.0
-    return total is None, more, cents, line.offer.billed_usd_per_hour
+    return total is None, -float(line.tokens or 0), cents, line.offer.billed_usd_per_hour
 
 
 def _line(
@@ -163,13 +192,13 @@ def _line(
 ) -> Line:
     speed = speed_of(experiment, offer.card, offer.all_gpus, measurements)
     rate = speed.tokens_per_s
-    if rate is None or not isinstance(experiment, Pretrain):
+    if not isinstance(experiment, Pretrain):
         return Line(offer, speed, None, None, None, None, None, None, None, None)
-    bought = None
-    if budget_usd is not None:
-        bought = _bought(experiment, corpus, offer, rate, budget_usd)
-    tokens = experiment.tokens if experiment.tokens is not None else bought
-    assert tokens is not None, "make_plan refuses an experiment without either"
+    budget = None if budget_usd is None else _budget(experiment, offer, budget_usd)
+    if rate is None:
+        return Line(offer, speed, None, None, None, None, None, None, None, None, budget)
+    bought = None if budget is None else _bought(experiment, corpus, offer, rate, budget)
+    tokens = min(found for found in (experiment.tokens, bought) if found is not None)
     work = Work.of(experiment, corpus, tokens)
     cost = _cost(work, offer, rate)
     again = work.tokens_at_risk / rate / 3600 * offer.billed_usd_per_hour
@@ -185,7 +214,24 @@ def _line(
         total_usd=cost.total_usd,
         loss_usd=again + (fetched or 0.0),
         budget_tokens=bought,
+        budget=budget,
     )
+
+
+def _budget(experiment: Pretrain, offer: Offer, usd: float) -> Budget:
+    """What training will keep back on such a machine; traffic whose price is not told counts 0."""
+    reserve = kept_back(
+        experiment.budget_reserve_usd,
+        offer.billed_usd_per_hour,
+        rented=True,
+        parameters=_parameters(experiment),
+        usd_per_gb_up=offer.usd_per_gb_up or 0.0,
+    )
+    return Budget(usd, reserve)
+
+
+def _parameters(experiment: Pretrain) -> int:
+    return parameters(ModelShape(**experiment.model.model_dump(exclude={"init_std"})))
 
 
 @dataclass(frozen=True)
@@ -222,11 +268,11 @@ def _bought(
     corpus: Corpus | None,
     offer: Offer,
     tokens_per_s: float,
-    budget_usd: float,
+    budget: Budget,
 ) -> int:
-    """Tokens, in whole steps, whose total stays within a budget. The total grows with the tokens.
+    """Tokens, in whole steps, that a budget pays for: their total stays at what training aims at.
 
-    Nothing is kept back, while training keeps a reserve (``tessera.ledger.budget``).
+    The total grows with the tokens; what the provider does not tell is missing from it.
     """
     per_step = experiment.batch.tokens_per_step
 
@@ -236,9 +282,10 @@ def _bought(
 
     if offer.billed_usd_per_hour <= 0:
         return experiment.tokens or 0
-    seconds = budget_usd / offer.billed_usd_per_hour * 3600
+    aim = max(0.0, budget.aim_usd)
+    seconds = aim / offer.billed_usd_per_hour * 3600
     most = int(seconds * tokens_per_s / per_step) + 1  # more than the machine alone would allow
-    steps = bisect_right(range(most + 1), budget_usd, key=total) - 1
+    steps = bisect_right(range(most + 1), aim, key=total) - 1
     return max(0, steps) * per_step
 
 
@@ -264,8 +311,12 @@ def _remarks(
         shown = [line for line in lines if line.speed.how == "projected"]
         cards = {line.offer.card: line for line in reversed(shown)}  # the first of each
         for card, line in cards.items():
-            if card and (told := published(experiment, card, line.offer.all_gpus, measurements)):
-                hours = (line.tokens or 0) / told.tokens_per_s / 3600
+            if (
+                card
+                and line.tokens
+                and (told := published(experiment, card, line.offer.all_gpus, measurements))
+            ):
+                hours = line.tokens / told.tokens_per_s / 3600
                 said.append(
                     f"On an {card.name} the reference run's own code made {told.tokens_per_s:,.0f} "
                     f"tokens/s: {hours:,.1f} h. Ours is not measured there; `tessera preflight` on "

@@ -66,7 +66,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What was asked for: part of the GPU's name (empty: no GPU) and how many of them."""
+    """What was asked for: part of the GPU's name (empty: any) and how many (0: no GPU)."""
 
     gpu: str
     gpus: int
@@ -76,12 +76,12 @@ class Wanted:
     @property
     def text(self) -> str:
         """In a sentence."""
-        return f"{self.gpus} x {self.gpu}" if self.gpu else "no GPU"
+        return f"{self.gpus} x {self.gpu or 'any GPU'}" if self.gpus else "no GPU"
 
     @property
     def uses_gpu(self) -> bool:
         """Whether a GPU will train."""
-        return bool(self.gpu) and not self.on_cpu
+        return self.gpus > 0 and not self.on_cpu
 
 
 Verdict = Literal["go", "note", "no-go"]
@@ -128,11 +128,16 @@ class Findings:
 
 
 def wanted_from(environ: Mapping[str, str], *, on_cpu: bool) -> Wanted:
-    """``TESSERA_GPU`` and ``TESSERA_GPUS``; ``InputError`` for a count that is none."""
-    text = environ.get("TESSERA_GPUS") or "1"
+    """``TESSERA_GPU`` and ``TESSERA_GPUS``; ``InputError`` for a count that is none.
+
+    A name alone asks for one GPU, a count alone for so many of any kind, neither for none.
+    """
+    name, text = environ.get("TESSERA_GPU") or "", environ.get("TESSERA_GPUS") or ""
+    if not text:
+        return Wanted(name, 1 if name else 0, on_cpu)
     if not text.isdecimal() or int(text) < 1:
         raise InputError(f"TESSERA_GPUS is {text!r}; expected how many GPUs, at least 1.")
-    return Wanted(environ.get("TESSERA_GPU") or "", int(text), on_cpu)
+    return Wanted(name, int(text), on_cpu)
 
 
 def look(
@@ -173,7 +178,7 @@ def look_at_gpus(findings: Findings, wanted: Wanted, limits: Limits) -> None:
     """Model, number, power limit and clocks against what was asked."""
     findings.gpus, reason = list_gpus()
     gpus, found = findings.gpus, summary(findings.gpus)
-    if not wanted.gpu:
+    if not wanted.gpus:
         findings.go("GPU", found)
         return
     if not gpus:
@@ -310,7 +315,7 @@ def look_at_speed(
         reason, code = why_not_measured(done.stdout, _last(done.stderr), done.returncode)
         findings.no("speed", "none", f"no step could be measured ({reason})", code)
         return
-    findings.tokens_per_s = one * wanted.gpus
+    findings.tokens_per_s = one * max(1, wanted.gpus)
     each = f", {wanted.gpus} GPUs if they scale" if wanted.gpus > 1 else ""
     found = f"{findings.tokens_per_s:,.0f} tokens/s{each}"
     card = card_named(findings.gpus[0].name) if wanted.uses_gpu and findings.gpus else None

@@ -13,7 +13,9 @@ import re
 import sys
 from typing import Any, NamedTuple, Protocol, TextIO
 
+from tessera.cloud.offers import KEY_COMMAND
 from tessera.cloud.skypilot import require_skypilot
+from tessera.errors import InputError
 
 SUCCEEDED, NOT_FINISHED, CANCELLED = 0, 101, 103  # sky.exceptions.JobExitCode
 _JOB_NAME = 25  # sky.jobs.constants.JOBS_CLUSTER_NAME_PREFIX_LENGTH
@@ -65,7 +67,10 @@ class Renter(Protocol):
         """
 
     def start(self, task: Any, name: str, managed: bool) -> int | None:
-        """Rent, set up and submit, showing SkyPilot's own lines; the job's number."""
+        """Rent, set up and submit, showing SkyPilot's own lines; the job's number.
+
+        ``InputError`` says that SkyPilot refused before anything was rented.
+        """
 
     def follow(self, name: str, job: int | None, managed: bool) -> Followed:
         """Show the job's log to its end, and say how it ended."""
@@ -107,6 +112,15 @@ class SkyPilot:
 
     def start(self, task: Any, name: str, managed: bool) -> int | None:
         """See ``Renter``."""
+        try:
+            return self._start(task, name, managed)
+        except self._sky.exceptions.NoCloudAccessError as error:
+            raise InputError(
+                "SkyPilot has no provider enabled, so nothing was rented: "
+                f"`{KEY_COMMAND} && sky check vast`."
+            ) from error
+
+    def _start(self, task: Any, name: str, managed: bool) -> int | None:
         sky = self._sky
         if managed:
             self._request = sky.jobs.launch(task, name=name)

@@ -11,8 +11,10 @@ import contextlib
 import copy
 import datetime
 import io
+import logging
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -164,14 +166,32 @@ class TaskFile:
 def catalog_market(file: TaskFile, card: Card | None) -> Market:
     """What SkyPilot's catalogs offer for the task; the cheapest region of each instance type."""
     require_skypilot()
-    with contextlib.redirect_stdout(io.StringIO()):  # its spinners, which would spoil --json
-        return _catalog_market(file, card)
+    with contextlib.redirect_stdout(io.StringIO()), _log_on_stderr():
+        return _catalog_market(file, card)  # neither its spinners nor its log may spoil --json
+
+
+@contextlib.contextmanager
+def _log_on_stderr() -> Iterator[None]:
+    """SkyPilot's log, which it writes to stdout, as it was when the module was imported."""
+    handlers = [
+        handler
+        for handler in logging.getLogger("sky").handlers
+        if isinstance(handler, logging.StreamHandler)
+    ]
+    before = [handler.setStream(sys.stderr) for handler in handlers]
+    try:
+        yield
+    finally:
+        for handler, stream in zip(handlers, before, strict=True):
+            if stream is not None:  # it was another one
+                handler.setStream(stream)
 
 
 def _catalog_market(file: TaskFile, card: Card | None) -> Market:
     needs, enabled = file.needs(card), enabled_providers()
     offers: dict[tuple[str, str], Offer] = {}
     notes: list[str] = []
+    missing: list[str] = []
     for entry in file.entries():
         for provider, one in _for_each_provider(entry, enabled):
             try:
@@ -181,32 +201,70 @@ def _catalog_market(file: TaskFile, card: Card | None) -> Market:
                         key = provider, offer.instance_type
                         offers.setdefault(key, replace(offer, enabled=known))
             except Exception as error:  # a catalog that is missing or damaged costs one provider
+                if _is_of_network(error):
+                    missing.append(provider)
+                    continue
                 notes.append(
                     f"SkyPilot's catalog of {provider} gives nothing ({first_line(error)}), so its "
-                    "offers are missing; SkyPilot fetches it at its first use, over the network."
+                    "offers are missing."
                 )
-    return Market(tuple(offers.values()), tuple(dict.fromkeys(notes)))
+    left_out = tuple(dict.fromkeys(missing))
+    if left_out:
+        notes.append(
+            f"{not_fetched(left_out)} {'Its' if len(left_out) == 1 else 'Their'} offers "
+            "are missing."
+        )
+    return Market(tuple(offers.values()), tuple(dict.fromkeys(notes)), left_out)
+
+
+def _is_of_network(error: BaseException | None) -> bool:
+    """Whether a request that was not answered is behind it; SkyPilot downloads with requests."""
+    from requests.exceptions import RequestException
+
+    while error is not None and not isinstance(error, RequestException):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def not_fetched(providers: Sequence[str]) -> str:
+    """That catalogs are not here, and what may help."""
+    what = "catalog" if len(providers) == 1 else "catalogs"
+    return (
+        f"SkyPilot's {what} of {', '.join(providers)} could not be fetched, which it does at the "
+        "first use; is this machine online?"
+    )
 
 
 def age_note(offers: Sequence[Offer]) -> str | None:
     """A sentence if prices of vast.ai among these are SkyPilot's, which it fetches only once."""
     if not any(offer.provider == VAST and offer.source == "catalog" for offer in offers):
         return None
-    day = _catalog_day("vast")
-    return f"SkyPilot's catalog of vast.ai is of {day} and never renews itself." if day else None
+    path = _catalog_path("vast")
+    day = _day_of(path)
+    if day is None:
+        return None
+    return (
+        f"SkyPilot's catalog of vast.ai is of {day} and never renews itself; remove {path}, and "
+        "the next plan fetches today's."
+    )
 
 
 def enabled_providers() -> set[str] | None:
-    """Providers that ``sky check`` has enabled on this machine; None where it never ran."""
+    """Providers that ``sky check`` has enabled on this machine; None where it never ran.
+
+    An empty set is an answer too: it ran and enabled nothing. What it was allowed to ask is kept
+    beside what it found, and tells the two apart.
+    """
     require_skypilot()
     from sky import global_user_state
     from sky.clouds.cloud import CloudCapability
 
     try:
         found = global_user_state.get_cached_enabled_clouds(CloudCapability.COMPUTE, "default")
+        ran = bool(global_user_state.get_allowed_clouds("default"))
     except Exception:  # a state of another SkyPilot, or of none: then nobody knows
         return None
-    return {str(cloud) for cloud in found} or None
+    return {str(cloud) for cloud in found} if found or ran else None
 
 
 def _for_each_provider(
@@ -291,11 +349,15 @@ def _egress(cloud: Any) -> float:
     return float(cloud.get_egress_cost(_GB_FOR_PRICE)) / _GB_FOR_PRICE
 
 
-def _catalog_day(provider: str) -> datetime.date | None:
+def _catalog_path(provider: str) -> Path:
     from sky.catalog import common
 
+    return Path(common.get_catalog_path(f"{provider}/vms.csv"))
+
+
+def _day_of(path: Path) -> datetime.date | None:
     try:
-        seconds = Path(common.get_catalog_path(f"{provider}/vms.csv")).stat().st_mtime
+        seconds = path.stat().st_mtime
     except OSError:
         return None
     return datetime.datetime.fromtimestamp(seconds, datetime.UTC).date()

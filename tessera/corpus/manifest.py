@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -188,6 +188,37 @@ def fingerprint(tokenizer_sha256: str, splits: Mapping[str, Sequence[str]]) -> s
 def corpus_folder(name: str, fingerprint: str) -> str:
     """Path in the root of one build."""
     return f"{FOLDER}/{name}/{fingerprint}"
+
+
+def require_fit(
+    manifest: Manifest, *, vocab_size: int, sequence: int, origin: Callable[[str], str]
+) -> None:
+    """Raise ``InputError`` where nothing of that vocabulary and sequence can train on the corpus.
+
+    ``origin`` says where a setting of the experiment was written. Reads nothing: a plan asks it
+    before money is spent, and training again.
+    """
+    if vocab_size != manifest.tokenizer.vocab_size:
+        raise InputError(
+            f"{origin('model.vocab_size')}: model.vocab_size is {vocab_size}, the tokenizer of "
+            f"corpus {manifest.name} has {manifest.tokenizer.vocab_size} entries; make them equal."
+        )
+    if not _holds_a_sample(manifest, "train", sequence):
+        raise InputError(
+            f"No training shard holds {sequence + 1} tokens; shorten data.sequence or build a "
+            "larger corpus."
+        )
+    if not _holds_a_sample(manifest, "eval", sequence):
+        raise InputError(
+            f"Corpus {manifest.name} cannot be evaluated on: the evaluation split has no "
+            f"{sequence + 1} tokens in one shard; raise holdout.fraction in its recipe or shorten "
+            "data.sequence."
+        )
+
+
+def _holds_a_sample(manifest: Manifest, split: str, sequence: int) -> bool:
+    found = manifest.splits.get(split)
+    return found is not None and any(shard.tokens > sequence for shard in found.shards)
 
 
 def load_manifest(root: Root, path: str) -> Manifest:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from tessera.errors import InputError
+from tessera.errors import InputError, TesseraError
 
 MAX_VOCAB_SIZE = 65_536
 """Token ids are stored as uint16, so this many entries fit exactly."""
@@ -223,6 +223,17 @@ def _lower(text: str) -> str:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+def declared_bytes(path: str) -> int:
+    """The text that a recipe's sources may read at most, 0 for what says no ``max_bytes``.
+
+    For a sentence, like ``recipe_for``: a file that is no recipe has none.
+    """
+    try:
+        return sum(source.max_bytes or 0 for source in load_recipe(path).sources)
+    except TesseraError:
+        return 0
 
 
 def recipe_for(corpus: str, folder: Path = Path("data_manifests")) -> str:

@@ -27,6 +27,7 @@ def load_experiment(
     path = Path(path)
     origins: dict[str, str] = {}
     data = _read(path, origins, ())
+    _require_experiment(path, data)
     for override in overrides:
         _apply(data, override, origins)
     if budget is not None:
@@ -43,6 +44,22 @@ def load_experiment(
         raise InputError(_sentence(error, path, origins)) from error
     experiment._origins = origins
     return experiment
+
+
+_OTHERS = {
+    "probes": "the suite of an interview (`tessera interview`)",
+    "sources": "the recipe of a corpus (`tessera corpus build`)",
+    "resources": "a task of SkyPilot (`sky launch`)",
+}
+
+
+def _require_experiment(path: Path, data: Mapping[str, Any]) -> None:
+    """Raise ``InputError`` for one of the other YAML files that lie beside experiments."""
+    what = next((text for key, text in _OTHERS.items() if key in data), None)
+    if what is not None and "kind" not in data:
+        raise InputError(
+            f"{path} is {what} and no experiment; give one such as experiments/smoke.yaml."
+        )
 
 
 def _read(path: Path, origins: dict[str, str], chain: tuple[Path, ...]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from tessera.errors import InputError
+from tessera.ledger.dollars import as_typed, dollars
 
 BUDGET_VARIABLE = "TESSERA_BUDGET_USD"
 OPEN = 10**15
@@ -34,6 +35,8 @@ FINISH_S = 60.0
 """To notice that the money is gone, to evaluate once more, to leave."""
 UPLOAD_BYTES_PER_S = 50e6
 """A store that is slower than this needs a larger reserve."""
+CHECKPOINT_BYTES, MODEL_BYTES = 12, 4
+"""A parameter: weights and two moments; the published weights."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,11 @@ class Budget:
         """What is planned to be spent: noise alone should not bring the hard stop about."""
         return self.line_usd - SLACK * self.reserve_usd
 
+    @property
+    def eaten_up(self) -> bool:
+        """Whether nothing of it is left to train for."""
+        return self.reserve_usd >= self.usd
+
     def steps_left(self, usd_so_far: float, usd_per_step: float) -> int:
         """Whole steps that the rest of the money pays for, 0 if there is none."""
         left = self.aim_usd - usd_so_far
@@ -137,6 +145,35 @@ def closing_usd(
     """
     seconds = FINISH_S + upload_bytes / UPLOAD_BYTES_PER_S + (IDLE_S if rented else 0.0)
     return usd_per_hour * seconds / 3600 + usd_per_gb_up * upload_bytes / 1e9
+
+
+def kept_back(
+    given: float | None,
+    usd_per_hour: float,
+    *,
+    rented: bool,
+    parameters: int,
+    usd_per_gb_up: float,
+) -> float:
+    """The reserve of a run: the experiment's, else what its end takes at this price."""
+    if given is not None:
+        return given
+    return closing_usd(
+        usd_per_hour,
+        rented=rented,
+        upload_bytes=(CHECKPOINT_BYTES + MODEL_BYTES) * parameters,
+        usd_per_gb_up=usd_per_gb_up,
+    )
+
+
+def nothing_left(budget: Budget, usd_per_hour: float) -> str:
+    """The sentence that refuses a budget that its reserve eats up."""
+    price = as_typed(usd_per_hour)
+    return (
+        f"Nothing can be trained for a budget of {as_typed(budget.usd)} at {price} an hour: "
+        f"{dollars(budget.reserve_usd)} are kept back for the last save and the minutes until the "
+        "machine is down; raise the budget, or lower budget_reserve_usd."
+    )
 
 
 def read_budget(text: str, who: str) -> float:

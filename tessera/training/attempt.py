@@ -284,7 +284,9 @@ class Trainer:
                 text += " Nothing was trained, so there is no model."
             return Ending(BUDGET, 0, 0.0, loop.done, text)
         if loop.done == self.program.steps:
-            text = f"Finished all {self.program.steps} steps."
+            by_budget = loop.budget.told if loop.budget is not None else ""
+            end = f"; {by_budget}." if by_budget else "."
+            text = f"Finished all {self.program.steps} steps{end}"
             if loop.skips.skipped:
                 text += f" {len(loop.skips.skipped)} of them were not applied."
             return Ending(FINISHED, 0, 0.0, loop.done, text)

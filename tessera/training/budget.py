@@ -16,7 +16,8 @@ from dataclasses import dataclass, field, replace
 
 from tessera.errors import DamagedError, InputError
 from tessera.experiment import Experiment, LinearDecay, Pretrain
-from tessera.ledger.budget import Budget, Plan, closing_usd
+from tessera.ledger.budget import CHECKPOINT_BYTES, Budget, Plan, kept_back, nothing_left
+from tessera.ledger.dollars import as_typed
 from tessera.ledger.forecast import Forecast
 from tessera.ledger.pace import Pace
 from tessera.ledger.prices import EXPERIMENT
@@ -35,7 +36,6 @@ PLANNED, STOPPED = "budget/planned", "budget/stopped"
 MEASURED, MEASURED_AGAIN = 2, 5
 """Log intervals of an attempt before it moves a plan: the first ones are slow, and where another
 attempt had a plan already there is no hurry. The very first plan is made at once."""
-CHECKPOINT_BYTES, MODEL_BYTES = 12, 4  # a parameter: weights and two moments; the published weights
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ class BudgetKeeper:
         self._usd, self._schedule = experiment.budget_usd, experiment.schedule
         self._deadline, self._begun_at = float("inf"), 0
         self._idle_usd = 0.0  # known when it begins
+        self._seen: Facts | None = None
         self.stopped = ""
 
     @property
@@ -111,6 +112,18 @@ class BudgetKeeper:
             plan = self._world.broadcast(self._decide(done, facts) if self._world.is_main else None)
         if plan != self._program.plan:
             self._take(done, plan, facts)
+
+    @property
+    def told(self) -> str:
+        """At the planned end, whose doing it was; empty where the tokens ended the run."""
+        limit, seen = self._experiment.steps, self._seen
+        if seen is None or (limit is not None and self._program.steps >= limit):
+            return ""
+        budget = self._budget(seen.usd_per_hour)
+        return (
+            f"the budget ended it there, {dollars(seen.usd)} of {as_typed(budget.usd)} spent and "
+            f"{dollars(budget.reserve_usd)} kept back for the end"
+        )
 
     def spent(self) -> bool:
         """Whether the line is reached, by the price of the last log point; asked at every step."""
@@ -171,16 +184,19 @@ class BudgetKeeper:
         return parameters(model_shape(self._experiment.model))
 
     def _closing_usd(self, usd_per_hour: float) -> float:
-        return closing_usd(
+        return self._kept_back(None, usd_per_hour)
+
+    def _kept_back(self, given: float | None, usd_per_hour: float) -> float:
+        return kept_back(
+            given,
             usd_per_hour,
             rented=self._attempt.provider != LOCAL,
-            upload_bytes=(CHECKPOINT_BYTES + MODEL_BYTES) * self._parameters,
+            parameters=self._parameters,
             usd_per_gb_up=self._gb_up,
         )
 
     def _budget(self, usd_per_hour: float) -> Budget:
-        reserve = self._experiment.budget_reserve_usd
-        reserve = self._closing_usd(usd_per_hour) if reserve is None else reserve
+        reserve = self._kept_back(self._experiment.budget_reserve_usd, usd_per_hour)
         return Budget(self._usd, reserve, self._idle_usd)
 
     def _decide(self, done: int, facts: Facts) -> Plan:
@@ -200,6 +216,7 @@ class BudgetKeeper:
 
     def _look(self, done: int, facts: Facts) -> None:
         """Stop if the line is reached; else note when it will be."""
+        self._seen = facts
         left = self._budget(facts.usd_per_hour).line_usd - facts.usd
         if left <= 0 and done < self._program.steps:
             self._stop(done, facts)
@@ -209,7 +226,7 @@ class BudgetKeeper:
     def _stop(self, done: int, facts: Facts) -> None:
         budget = self._budget(facts.usd_per_hour)
         self.stopped = (
-            f"{dollars(facts.usd)} of the budget of {dollars(budget.usd)} are spent and "
+            f"{dollars(facts.usd)} of the budget of {as_typed(budget.usd)} are spent and "
             f"{dollars(budget.reserve_usd)} are kept back for the end"
         )
         if budget.idle_usd > 0:
@@ -226,8 +243,7 @@ class BudgetKeeper:
         self._take(done, plan, facts)
 
     def _take(self, done: int, plan: Plan, facts: Facts) -> None:
-        first = not self._program.plan.known
-        self._program.plan = plan
+        before, self._program.plan = self._program.plan, plan
         if done == plan.end_step and not self.stopped:
             self.stopped = "the attempt before had reached the end of the budget here"
         self._journal.event(
@@ -237,15 +253,18 @@ class BudgetKeeper:
             reserve_usd=self._budget(facts.usd_per_hour).reserve_usd, idle_usd=self._idle_usd,
             followed=done <= self._recorded.upto,
         )  # fmt: skip
-        if first and not self.stopped:
-            self._line.say(_sentence(done, plan, facts, self._budget(facts.usd_per_hour)))
+        if not self.stopped:
+            budget = self._budget(facts.usd_per_hour)
+            self._line.say(_sentence(done, before, plan, facts, budget))
 
 
-def _sentence(done: int, plan: Plan, facts: Facts, budget: Budget) -> str:
+def _sentence(done: int, before: Plan, plan: Plan, facts: Facts, budget: Budget) -> str:
     seconds = facts.seconds_per_step or 0.0
+    steps = f"{plan.end_step}" + (f" (not {before.end_step})" if before.known else "")
+    falls = "falls" if before.share(done - 1) < 1.0 else f"falls from step {plan.decay_start} on"
     return (
-        f"step {done}: {dollars(budget.usd)} pay for {plan.end_step} steps of {seconds:.3g} s at "
-        f"${facts.usd_per_hour:g}/h, the learning rate falls from step {plan.decay_start} on; "
+        f"step {done}: {as_typed(budget.usd)} pay for {steps} steps of {seconds:.3g} s at "
+        f"{as_typed(facts.usd_per_hour)}/h, the learning rate {falls}; "
         f"{dollars(budget.reserve_usd)} are kept back"
     )
 
@@ -339,31 +358,29 @@ def require_payable(experiment: Experiment, place: Attempt, root: Root) -> None:
         raise InputError(_no_price(budget))
     if place.price_source == EXPERIMENT and place.provider != LOCAL:
         raise InputError(
-            f"A budget of ${budget:g} cannot rest on the experiment's guess of ${price:g} an hour "
-            f"on a machine rented from {place.provider}; set TESSERA_USD_PER_HOUR to its price, or "
-            "use a provider that tells it."
+            f"A budget of {as_typed(budget)} cannot rest on the experiment's guess of "
+            f"{as_typed(price)} an hour on a machine rented from {place.provider}; set "
+            "TESSERA_USD_PER_HOUR to its price, or use a provider that tells it."
         )
     if price == 0 and experiment.tokens is None:
         raise InputError(
-            f"At $0 an hour ({place.price_source}) a budget of ${budget:g} never ends; give the "
-            "price of this machine in TESSERA_USD_PER_HOUR, or tokens."
+            f"At $0 an hour ({place.price_source}) a budget of {as_typed(budget)} never ends; give "
+            "the price of this machine in TESSERA_USD_PER_HOUR, or tokens."
         )
-    reserve = experiment.budget_reserve_usd or closing_usd(
+    reserve = kept_back(
+        experiment.budget_reserve_usd,
         price,
         rented=place.provider != LOCAL,
-        upload_bytes=(CHECKPOINT_BYTES + MODEL_BYTES) * parameters(model_shape(experiment.model)),
+        parameters=parameters(model_shape(experiment.model)),
         usd_per_gb_up=0.0 if root.is_local else place.usd_per_gb_up,
     )
-    if reserve >= budget:
-        raise InputError(
-            f"Nothing can be trained for a budget of ${budget:g} at ${price:g} an hour: "
-            f"{dollars(reserve)} are kept back for the last save and the minutes until the machine "
-            "is down; raise the budget, or lower budget_reserve_usd."
-        )
+    found = Budget(budget, reserve)
+    if found.eaten_up:
+        raise InputError(nothing_left(found, price))
 
 
 def _no_price(budget: float) -> str:
     return (
-        f"A budget of ${budget:g} needs to know what an hour costs, and nobody told the price of "
-        "this machine; set TESSERA_USD_PER_HOUR to it."
+        f"A budget of {as_typed(budget)} needs to know what an hour costs, and nobody told "
+        "the price of this machine; set TESSERA_USD_PER_HOUR to it."
     )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tessera.corpus.manifest import Manifest
+from tessera.corpus.manifest import Manifest, require_fit
 from tessera.corpus.tokenizer import Tokenizer
 from tessera.errors import InputError
 from tessera.evaluation.fixed import Scorer, evaluate_fixed, fixed_windows
@@ -53,12 +53,12 @@ class PretrainProgram(Program):
         compute_dtype: torch.dtype,
     ) -> None:
         """Raises ``InputError`` where the experiment and the corpus do not fit together."""
-        if experiment.model.vocab_size != manifest.tokenizer.vocab_size:
-            raise InputError(
-                f"{experiment.origin('model.vocab_size')}: model.vocab_size is "
-                f"{experiment.model.vocab_size}, the tokenizer of corpus {manifest.name} has "
-                f"{manifest.tokenizer.vocab_size} entries; make them equal."
-            )
+        require_fit(
+            manifest,
+            vocab_size=experiment.model.vocab_size,
+            sequence=experiment.sequence,
+            origin=experiment.origin,
+        )
         self.experiment, self.world = experiment, world
         self._sequence = experiment.sequence
         self.plan = first_plan(experiment)

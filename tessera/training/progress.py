@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from tessera.ledger.budget import Plan
+from tessera.ledger.dollars import dollars as known_dollars
 from tessera.ledger.forecast import Forecast
 
 PLAIN_EVERY_S = 5.0
@@ -74,9 +75,7 @@ def duration(seconds: float) -> str:
 
 def dollars(usd: float | None) -> str:
     """Dollars with as many digits as the sum deserves."""
-    if usd is None:
-        return "$?"
-    return f"${usd:.2f}" if usd >= 1 else f"${usd:.4f}"
+    return "$?" if usd is None else known_dollars(usd)
 
 
 class ProgressLine:

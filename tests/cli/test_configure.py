@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from tessera.cli.main import tessera
 from tessera.cloud.credentials import read_settings
-from tessera.errors import InputError
+from tessera.errors import InputError, RetryElsewhereError
 from tests.services.stores import Store, serve
 
 
@@ -85,6 +85,10 @@ def test_variables_are_tried_and_written_and_never_shown(
         ("--mlflow-uri", "junk", "expected a URL that begins with https:// or http://"),
         ("--endpoint", "127.0.0.1:18900", "expected a URL that begins with https:// or http://"),
         ("--usd-per-hour", "many", "expected US dollars an hour"),
+        ("--usd-per-hour", "0", "no rented machine costs nothing"),
+        ("--root", "https://b.s3.amazonaws.com/x/y", "a bucket's web address; write s3://b/x/y"),
+        ("--root", "https://s3.eu-west-1.amazonaws.com/my.b/x", "write s3://my.b/x"),
+        ("--root", "https://my.b.s3-eu-west-1.amazonaws.com", "write s3://my.b."),
         ("--usd-per-gb-up", "-1", "expected US dollars for 10^9 bytes"),
         ("--access-key-id", "-", "without access-key-id"),
         (
@@ -124,6 +128,70 @@ def test_questions_are_answered_once_and_kept(bucket: Store, home: Path) -> None
     assert bucket.secret_key not in shown
     assert "[kept]" in shown
     assert read_settings(home) == {k: v for k, v in first.items() if k != "TESSERA_USD_PER_HOUR"}
+
+
+def test_what_fails_is_asked_again_and_the_rest_is_kept(
+    bucket: Store, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wrong secret, then the right one; the prices and the bucket are typed once."""
+    monkeypatch.setattr("tessera.cli.configure._at_terminal", lambda: True)
+    endpoint = bucket.environment()["AWS_ENDPOINT_URL"]
+    url = bucket.url("again")
+    answers = [
+        url, endpoint, "", bucket.access_key, "not-the-secret-key", "", "1.5", "", "",
+        "", "y", "", "", "", "", bucket.secret_key,
+    ]  # fmt: skip
+    code, shown = run(answers="\n".join(answers) + "\n")
+    assert code == 0, shown
+    assert "FAIL root:" in shown
+    assert "not-the-secret-key" not in shown
+    written = read_settings(home)
+    assert (written["TESSERA_ROOT"], written["TESSERA_USD_PER_HOUR"]) == (url, "1.5")
+    assert written["AWS_SECRET_ACCESS_KEY"] == bucket.secret_key
+
+
+def test_an_endpoint_of_this_machine_is_warned_of(
+    bucket: Store, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store of this test is such a one; what is rented elsewhere does not reach it."""
+    for name, value in bucket.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TESSERA_ROOT", bucket.url("warned"))
+    code, shown = run("--from-env")
+    assert code == 0, shown
+    assert "AWS_ENDPOINT_URL is http://127.0.0.1" in shown
+    assert "a rented one does not reach it" in shown
+    for host, warned in (("localhost", 1), ("[::1]", 1), ("mlflow.example.org", 0)):
+        uri = f"http://{host}:5000"
+        words = ("--mlflow-uri", uri, "--endpoint", "https://s3.example.org", "--no-check")
+        document = json.loads(run(*words, "--json")[1])
+        assert len(document["warnings"]) == warned, host
+
+
+def test_variables_without_a_root_name_the_variable(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TESSERA_ROOT", raising=False)
+    code, shown = run("--from-env")
+    assert code == 2
+    assert "export TESSERA_ROOT=s3://bucket/prefix" in shown
+
+
+def test_a_check_of_what_does_not_answer_is_no_pass(
+    bucket: Store, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key is here, vast.ai is not reached: whether it works is not known."""
+    for name, value in bucket.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TESSERA_ROOT", bucket.url("unknown"))
+    monkeypatch.setattr("tessera.cloud.vast._WAIT", lambda state: 0.0)
+    monkeypatch.setenv("VAST_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("VAST_API_KEY", "a-key")
+    code, shown = run("--from-env")
+    assert code == 0, shown  # what is written can be used
+    assert "?    vast.ai: " in shown
+    with pytest.raises(RetryElsewhereError, match=r"vast\.ai did not answer, so whether the key"):
+        run("--check")
 
 
 def test_nobody_to_ask_nothing_to_check_and_two_things_at_once(home: Path) -> None:

@@ -332,7 +332,7 @@ def test_durations(seconds: float, shown: str) -> None:
 @pytest.mark.parametrize(
     ("value", "estimated", "shown"),
     [(None, False, "?"), (0.00012, False, "$0.000120"), (0.25, True, "~$0.2500"),
-     (1234.5, False, "$1,234.50"), (0.0, False, "$0.000000")],
+     (1234.5, False, "$1,234.50"), (0.0, False, "$0.00")],
 )  # fmt: skip
 def test_dollars(value: float | None, estimated: bool, shown: str) -> None:
     assert figures.dollars(value, estimated) == shown

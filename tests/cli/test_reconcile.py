@@ -266,10 +266,13 @@ def test_an_empty_root_still_finds_them(account: Account) -> None:
     assert found["idle"][0]["why"] == "no run of this root was ever on it"
     code, out, err = account("reconcile", "--provider", "runpod")
     assert (code, out) == (2, "")
-    assert err == "Error: No run of this root was on 'runpod'; expected vast.\n"
+    assert err == (
+        "Error: No run of this root was on 'runpod', so there is no bill to ask for; leave "
+        "--provider out, or give vast.\n"
+    )
     code, out, err = account("reconcile", "--provider", "local")
     assert (code, out) == (2, "")
-    assert err == "Error: Nobody sends a bill for machines of 'local'; expected vast.\n"
+    assert err.startswith("Error: Nobody sends a bill for machines of 'local'; leave --provider")
     account.destroy(number)
     code, out, _ = account("reconcile")
     assert (code, out) == (0, "No provider tells a bill for a run of this root.\n")
@@ -313,10 +316,47 @@ def test_without_a_key_it_is_said_where_runs_need_one(
 ) -> None:
     monkeypatch.delenv("VAST_API_KEY")
     account.bench.root.publish("note", b"")
-    assert account("reconcile")[0] == 0, "nobody needs the key"
+    finish(account.bench.launch(account.bench.create("own"), provider="local", instance="here"))
+    code, out, err = account("reconcile")
+    assert (code, err) == (0, ""), "nobody needs the key"
+    assert "vast.ai was not asked, since there is no key here: what bills there is not known" in out
+    found = account.json("reconcile")
+    assert (found["errors"], found["idle_usd_per_hour"]) == ([], None)  # nobody said 0
+    assert account("reconcile", "--provider", "vast.ai")[0] == 75
     finish(account.launch(7))
-    code, _, err = account("reconcile")
-    assert (code, err.startswith("Error: No vast.ai key was found")) == (2, True)
+    code, out, err = account("reconcile")
+    assert (code, err.count("\n")) == (75, 1)
+    assert err.startswith("Error: vast.ai was not asked, since there is no key here, and runs of")
+    assert "No provider tells a bill" not in out
+
+
+@pytest.mark.parametrize(
+    ("end", "provider", "code"),
+    [
+        ({"may_bill": ["Whether vast.ai still bills is not known."]}, "Vast", 75),
+        (None, "Vast", 75),  # followed to no end, such as after --detach
+        ({"may_bill": []}, "Vast", 0),
+        (None, "RunPod", 0),
+    ],
+)
+def test_without_a_key_a_launch_that_may_bill_is_no_all_clear(
+    account: Account,
+    monkeypatch: pytest.MonkeyPatch,
+    end: dict[str, Any] | None,
+    provider: str,
+    code: int,
+) -> None:
+    monkeypatch.delenv("VAST_API_KEY")
+    root = account.bench.root
+    root.publish_json("launches/1.json", {"name": "pretrain-1", "may_rent": [[provider, "x"]]})
+    if end is not None:
+        root.publish_json("launches/1.end.json", end)
+    found, out, err = account("reconcile", "--json")
+    assert found == code
+    document = json.loads(out)
+    assert document["idle_usd_per_hour"] is None
+    assert bool(document["errors"]) == (code == 75)
+    assert ("may bill (pretrain-1)" in err) == (code == 75)
 
 
 def test_a_damaged_invoice_is_named_and_its_run_shown_by_the_ledger(account: Account) -> None:

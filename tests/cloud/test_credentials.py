@@ -6,7 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from tessera.cloud.credentials import MARKER, apply_defaults, read_settings, write_settings
+from tessera.cloud.credentials import (
+    MARKER,
+    apply_defaults,
+    read_settings,
+    root_written,
+    write_settings,
+)
 from tessera.errors import InputError
 
 AWKWARD = "a'b\"c $(touch pwned) `x` \\ #é"
@@ -102,3 +108,15 @@ def test_the_same_root_in_an_option_takes_its_keys_unless_a_profile_is_named(
     apply_defaults(["list", "--root", "s3://bucket/prefix/"], environ)
     assert "AWS_SECRET_ACCESS_KEY" not in environ
     assert environ["MLFLOW_TRACKING_URI"] == "http://mlflow"
+
+
+def test_a_root_that_the_file_names_is_said_to_be_its(tmp_path: Path) -> None:
+    """So that nobody wonders where runs went after `tessera configure`."""
+    path = tmp_path / "env"
+    path.write_text("TESSERA_ROOT='s3://bucket/x/'\n")
+    environ = {"TESSERA_ENV_FILE": str(path)}
+    assert root_written("s3://bucket/x", environ) == f" (the root in {path})"
+    assert root_written("s3://bucket/y", environ) == ""
+    path.write_text("'half")
+    assert root_written("s3://bucket/x", environ) == ""
+    assert root_written("s3://bucket/x", {"TESSERA_ENV_FILE": str(tmp_path / "none")}) == ""

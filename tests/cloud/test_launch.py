@@ -477,6 +477,18 @@ def test_a_provider_that_is_not_enabled(vast: PretendVast, root: Root) -> None:
         check(order(line=disabled), root, Pretend(vast))
 
 
+def test_what_skypilot_refuses_before_it_rents_is_given_back_by_nobody(
+    vast: PretendVast, root: Root
+) -> None:
+    said: list[str] = []
+    renter = Pretend(vast, fails=InputError("No provider is enabled."))
+    with pytest.raises(InputError, match="No provider is enabled"):
+        launch(order(), root, renter, said.append, sleep=at_once)
+    assert (said, renter.ended) == ([], 0)
+    (end,) = records(root, ".end.json")
+    assert (end["outcome"], end["may_bill"]) == ("refused", [])
+
+
 def test_a_finished_run_is_not_paid_for_again(vast: PretendVast, root: Root) -> None:
     settings = load_experiment(ONE_B)
     _attempt(root, ended_at=time.time(), exit_code=0)

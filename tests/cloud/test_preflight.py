@@ -419,3 +419,15 @@ def test_the_table_says_go_and_why_not(box: Box) -> None:
     result = CliRunner().invoke(tessera, ["preflight", SMOKE], env=environ)
     assert "No-go." in result.stdout
     assert "below 90%" in " ".join(result.stdout.split())
+
+
+def test_a_number_of_gpus_alone_asks_for_them(box: Box) -> None:
+    """Without a name any model will do, and none at all will not."""
+    box.gpus(count=0)
+    code, _, said = box.run(SMOKE, "--gpus", "2")
+    assert code == 75
+    assert "2 x any GPU was asked for" in said
+    box.gpus(count=2).torch(devices=2)
+    code, document, said = box.run(SMOKE, "--gpus", "2", "--no-bench")
+    assert (code, document["wanted"]) == (0, "2 x any GPU"), said
+    assert box.run(SMOKE, "--no-bench", TESSERA_GPUS="1")[0] == 75

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -75,6 +76,19 @@ def test_a_controller_that_cannot_be_asked_is_not_taken_for_empty(vast: PretendV
     renter = Pretend(vast, unknown=RuntimeError("controller is INIT"))
     (left,) = stop(renter, NAME, sleep=at_once).left
     assert f"does not tell whether there is the managed job {NAME} (controller is INIT)" in left
+
+
+def test_without_a_key_nothing_is_claimed_of_vast(
+    vast: PretendVast, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A launch may have left a machine there of which SkyPilot knows nothing."""
+    monkeypatch.delenv("VAST_API_KEY")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for renter, ended in ((Pretend(vast), ()), (Pretend(vast, cluster=NAME), (NAME,))):
+        found = stop(renter, NAME, sleep=at_once)
+        assert found.ended == tuple(f"the cluster {name}" for name in ended)
+        with pytest.raises(RetryElsewhereError, match=f"Whether vast.ai still bills for {NAME}"):
+            found.require()
 
 
 # -- the real renter -------------------------------------------------------------------------------
@@ -200,6 +214,20 @@ def test_the_command_says_what_it_ended(
     assert isinstance(again.exception, InputError)
 
 
+def test_the_command_without_a_key(
+    sky: MadeUpSky, vast: PretendVast, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("tessera.cloud.give_back.BETWEEN_S", 0.0)
+    monkeypatch.delenv("VAST_API_KEY")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    sky.queue = [job(3)]
+    done = CliRunner().invoke(tessera, ["launch", "--stop", NAME], standalone_mode=False)
+    assert done.output == (
+        f"Asking SkyPilot (no vast.ai key here) about {NAME} ...\nEnded: the managed job {NAME}.\n"
+    )
+    assert isinstance(done.exception, RetryElsewhereError)
+
+
 def test_the_command_after_ctrl_c(
     sky: MadeUpSky, vast: PretendVast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,3 +235,18 @@ def test_the_command_after_ctrl_c(
     done = CliRunner().invoke(tessera, ["launch", "--stop", NAME], standalone_mode=False)
     assert done.return_value == 130
     assert "was broken off, so it may still bill" in done.output
+
+
+def test_a_skypilot_that_may_rent_nowhere_has_rented_nothing(
+    sky: MadeUpSky, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class NoCloudAccessError(RuntimeError):
+        pass
+
+    def launch(task: Any, cluster_name: str) -> Any:
+        raise NoCloudAccessError("Cloud access is not set up. Run: sky check")
+
+    monkeypatch.setattr(sky, "launch", launch, raising=False)
+    monkeypatch.setattr(sky.exceptions, "NoCloudAccessError", NoCloudAccessError, raising=False)
+    with pytest.raises(InputError, match="so nothing was rented: `vastai set api-key KEY && sky"):
+        SkyPilot().start(object(), NAME, False)

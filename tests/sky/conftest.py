@@ -66,6 +66,7 @@ def ask(program: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
         timeout=120,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "Failed to fetch" not in done.stdout  # SkyPilot's log would spoil what programs read
     fetched = list(home.rglob("*.md5"))
     assert not fetched, f"SkyPilot fetched a catalog instead of reading the seeded one: {fetched}"
     result: dict[str, Any] = json.loads(answers.read_text())

@@ -42,6 +42,10 @@ resources:
     - {infra: vast, accelerators: "H100:1"}
 envs: {TESSERA_GPU: H100}
 """
+ALONE = """
+resources: {infra: nebius, accelerators: "H100:1"}
+envs: {TESSERA_GPU: H100}
+"""
 
 
 def run(*words: str) -> dict[str, Any]:
@@ -143,6 +147,7 @@ def main() -> None:
         answers["cpu"] = plan("experiments/smoke.yaml", "--task", "sky/smoke_cpu.yaml")
         answers["sft"] = plan("experiments/tessera_1b_sft.yaml")
         answers["launched"] = launched("--budget", "200", *LINEAR, "--set", "description=two words")
+        answers["launched_managed_anywhere"] = launched("--managed")
         answers["launched_managed"] = launched("--managed", "--bid", "1.25")
         unseeded = Path.home() / "unseeded.yaml"
         unseeded.write_text(UNSEEDED)
@@ -151,6 +156,12 @@ def main() -> None:
         answers["down"] = plan(REFERENCE)
         answers["asked_with"] = sorted({str(request["key"]) for request in vast.requests})
     del os.environ["VAST_API_KEY"]
+    answers["bid"] = plan(REFERENCE, "--managed", "--bid", "1.20")
+    alone = Path.home() / "alone.yaml"
+    alone.write_text(ALONE)
+    offline = ("plan", REFERENCE, "--root", NOWHERE, "--task", str(alone))
+    answers["offline"] = run(*offline, "--json")
+    answers["offline_provider"] = run(*offline, "--provider", "nebius")
     answers["refusals"] = {
         " ".join(words): run(*words)
         for words in (
@@ -172,6 +183,15 @@ def main() -> None:
     answers["local_root"] = run("launch", REFERENCE, "--yes")
     settings.write_text("TESSERA_ROOT='s3://bucket/x'\n")
     answers["other_root"] = run("launch", REFERENCE, "--yes", "--root", NOWHERE)
+    settings.write_text("TESSERA_ROOT='memory://root'\n")
+    small = ("experiments/smoke.yaml", "--task", "sky/smoke_cpu.yaml", "--root", "memory://root")
+    answers["eaten_up"] = run("launch", *small, "--budget", "0.01", *LINEAR, "--yes")
+    answers["eaten_up_plan"] = run("plan", OPEN, "--root", NOWHERE, "--budget", "0.1")
+    answers["nobody"] = run("launch", *small)
+    enable()
+    answers["none_enabled"] = plan(REFERENCE)
+    answers["none_enabled_launch"] = run("launch", *small, "--yes")
+    answers["none_enabled_vast"] = run("launch", *small, "--yes", "--provider", "vast.ai")
     answers["without_skypilot"] = without_skypilot()
     enable("Vast")
     answers["enabled"] = plan(REFERENCE)

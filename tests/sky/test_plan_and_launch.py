@@ -108,7 +108,58 @@ def test_fine_tuning_has_prices(commands: Answers) -> None:
 def test_a_catalog_that_cannot_be_had_costs_its_provider_alone(commands: Answers) -> None:
     plan = commands["unseeded"]
     assert {offer["provider"] for offer in plan["offers"]} == {"Vast"}
-    assert any("catalog of Nebius gives nothing" in note for note in plan["notes"])
+    assert any("catalog of Nebius could not be fetched" in note for note in plan["notes"])
+
+
+@pytest.mark.parametrize("question", ["offline", "offline_provider"])
+def test_no_catalog_at_all_is_no_plan(commands: Answers, question: str) -> None:
+    """Not the task file's fault, and nothing that a plan could be made of."""
+    done = commands[question]
+    assert (done["code"], done["out"]) == (75, "")
+    last = done["err"].splitlines()[-1]  # SkyPilot's own lines come before
+    assert last.startswith("Error: SkyPilot's catalog of Nebius could not be fetched")
+    assert last.endswith("is this machine online?")
+
+
+def test_a_bid_is_the_price_and_is_rented_at_vast_alone(commands: Answers) -> None:
+    plan = commands["bid"]  # without a key: whether it wins is not known
+    assert of(plan, "provider", "usd_per_hour", "bid") == [("Vast", 1.2, True)]
+    (offer,) = plan["offers"]
+    assert offer["machine_usd"] == pytest.approx(1.2 * offer["hours"])
+    assert "--provider vast" in offer["commands"]["tessera"]
+    assert "TESSERA_CATALOG_USD_PER_HOUR=1.2 " in offer["commands"]["sky"]
+    assert "bid_price=1.2" in offer["commands"]["sky"]
+    assert any("your bid of $1.20/h, won or not" in note for note in plan["notes"])
+
+
+def test_a_launch_where_nothing_is_enabled(commands: Answers) -> None:
+    """`sky check` ran and enabled nothing, which is not the same as that it never ran."""
+    assert {offer["enabled"] for offer in commands["none_enabled"]["offers"]} == {False}
+    assert {offer["commands"] for offer in commands["none_enabled"]["offers"]} == {None}
+    done = commands["none_enabled_launch"]
+    assert done["code"] == 2
+    assert done["err"].startswith("Error: RunPod is not enabled: `sky check runpod`")
+    assert "giving" not in done["out"] + done["err"]
+    assert commands["none_enabled_vast"]["err"].startswith(
+        "Error: Vast is not enabled: `vastai set api-key KEY && sky check vast`"
+    )
+
+
+def test_a_launch_for_a_budget_that_the_reserve_eats_up(commands: Answers) -> None:
+    done = commands["eaten_up"]
+    assert done["code"] == 2
+    assert done["err"].startswith(
+        "Error: Nothing can be trained for a budget of $0.01 at $0.12 an hour: $0.0220 are kept "
+        "back for the last save"
+    )
+    text = commands["eaten_up_plan"]["out"]
+    assert "nothing" in text
+    assert "Launch the cheapest" not in text
+    assert "None of these can be launched: Nothing can be trained for a budget of $0.1" in text
+
+
+def test_a_launch_that_nobody_can_agree_to(commands: Answers) -> None:
+    _refused(commands["nobody"], "Nobody can be asked here")
 
 
 def test_vast_down_leaves_the_catalog_s_prices_marked(commands: Answers) -> None:
@@ -147,8 +198,10 @@ def test_the_task_of_a_launch_is_one_that_skypilot_would_rent(commands: Answers)
 
 
 def test_the_task_of_a_managed_job_goes_on_anywhere(commands: Answers) -> None:
+    anywhere = commands["launched_managed_anywhere"]
+    assert [r[0] for r in anywhere["resources"]] == ["Vast", "RunPod", "Lambda"]
     task = commands["launched_managed"]
-    assert [r[0] for r in task["resources"]] == ["Vast", "RunPod", "Lambda"]
+    assert [r[0] for r in task["resources"]] == ["Vast"]  # a bid is an offer to vast.ai
     assert task["bid"][0]["bid_price"] == 1.25
     assert all(retry["recover_on_exit_codes"] == [75] for retry in task["retries"])
 

@@ -40,6 +40,10 @@ SIZED = (DECAY, "tokens=null", "log_every_steps=1", "optimizer.lr=0.005")
 MONEY = ("budget_usd=0.705", "budget_reserve_usd=0.1", "checkpoint.every_steps=20")
 LINE, AIM = 0.605, 0.595
 CAP = 59  # steps of a cent that the aim pays for
+ENDED = (
+    f"Finished all {CAP} steps; the budget ended it there, $0.5900 of $0.705 spent and $0.1000 "
+    "kept back for the end."
+)
 
 
 def train(bench: Bench, simulation: Simulation, *overrides: str, **options: Any) -> session.Result:
@@ -82,7 +86,7 @@ def test_the_decay_ends_where_the_money_does(bench: Bench) -> None:
     simulation = Simulation()
     result = train(bench, simulation)
     run = result.run
-    assert (result.exit_code, result.text) == (0, f"Finished all {CAP} steps.")
+    assert (result.exit_code, result.text) == (0, ENDED)
     assert bench.last_ending(run).outcome == "FINISHED"
     assert simulation.usd == pytest.approx(0.59)
     assert_decays_to_the_end(bench, run)
@@ -94,6 +98,19 @@ def test_the_decay_ends_where_the_money_does(bench: Bench) -> None:
         "seconds_per_step": pytest.approx(36.0), "reserve_usd": 0.1, "idle_usd": 0.0,
         "followed": False,
     }  # fmt: skip
+
+
+def test_a_plan_that_moves_is_told(bench: Bench, capfd: pytest.CaptureFixture[str]) -> None:
+    """The first one too, where tokens had given the run an end that the budget does not pay for."""
+    simulation = Simulation(prices=((1, 1.0), (20, 2.0)))
+    with simulation.here() as instruments:
+        settings = (*SIZED, *MONEY, f"tokens={400 * 256}")
+        session.train(bench.settings(*settings), bench.root, bench.place(), instruments=instruments)
+    said = [line for line in capfd.readouterr().err.splitlines() if " pay for " in line]
+    assert "$0.705 pay for 59 (not 400) steps of 36 s at $1/h, the learning rate falls" in said[0]
+    assert "$0.1000 are kept back" in said[0]
+    assert len(said) > 1
+    assert "(not 59)" in said[1]
 
 
 def test_a_dearer_hour_brings_the_end_nearer(bench: Bench) -> None:
@@ -133,7 +150,7 @@ def test_tokens_end_it_where_they_are_fewer(bench: Bench) -> None:
 
 def test_the_money_ends_it_where_that_is_less_than_the_tokens(bench: Bench) -> None:
     result = train(bench, Simulation(), f"tokens={400 * 256}")
-    assert result.text == f"Finished all {CAP} steps."
+    assert result.text == ENDED
     assert_decays_to_the_end(bench, result.run)
 
 
@@ -164,7 +181,7 @@ def test_a_step_that_eats_the_rest_ends_the_run(bench: Bench) -> None:
     run, ending = result.run, bench.last_ending(result.run)
     assert (result.exit_code, ending.outcome, ending.step) == (0, "BUDGET", 30)
     assert result.text == (
-        "Ended by the budget at step 30: $0.6200 of the budget of $0.7050 are spent and $0.1000 "
+        "Ended by the budget at step 30: $0.6200 of the budget of $0.705 are spent and $0.1000 "
         "are kept back for the end."
     )
     (stopped,) = bench.events(run, STOPPED)
@@ -203,7 +220,7 @@ def test_a_budget_that_is_spent_at_the_next_attempt_ends_the_run_at_once(bench: 
     run, ending = result.run, bench.last_ending(result.run)
     assert (ending.outcome, ending.exit_code, ending.step) == ("BUDGET", 0, 20)
     assert simulation.now == before, "no step was taken"
-    assert "$0.6500 of the budget of $0.7050 are spent" in ending.reason
+    assert "$0.6500 of the budget of $0.705 are spent" in ending.reason
     published = load_base(run, torch.device("cpu"))
     assert published.digest == bench.digest(run)
 

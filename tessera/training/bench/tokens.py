@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tessera.corpus.manifest import resolve
-from tessera.errors import InputError
+from tessera.corpus.manifest import require_fit, resolve
 from tessera.experiment import Pretrain
 from tessera.storage import Root
 from tessera.training.loader import SampleLoader, ShardStore
@@ -55,12 +54,12 @@ def corpus_batches(
     Raises ``InputError`` where the corpus is not in ``root`` or does not fit the experiment.
     """
     manifest = resolve(root, experiment.data.corpus, experiment.data.fingerprint)
-    if manifest.tokenizer.vocab_size != experiment.model.vocab_size:
-        raise InputError(
-            f"{experiment.origin('model.vocab_size')}: model.vocab_size is "
-            f"{experiment.model.vocab_size}, the tokenizer of corpus {manifest.name} has "
-            f"{manifest.tokenizer.vocab_size} entries; make them equal."
-        )
+    require_fit(
+        manifest,
+        vocab_size=experiment.model.vocab_size,
+        sequence=experiment.sequence,
+        origin=experiment.origin,
+    )
     samples = samples_per_step(experiment)
     limit = int(experiment.data.cache_gib * 2**30)
     store = ShardStore(root, manifest, limit_bytes=limit)
