@@ -15,11 +15,11 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, get_args
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
@@ -51,7 +51,29 @@ class Record:
         return _NOT_FINITE[self.value] if isinstance(self.value, str) else float(self.value)
 
 
+class Point(NamedTuple):
+    """A metric's line as ``quick`` reads it, without what its place in the root says."""
+
+    key: str
+    number: float
+    step: int
+    time: float
+    seq: int
+
+
+class _Numbered(Protocol):
+    @property
+    def seq(self) -> int: ...
+
+
+Line = TypeVar("Line", bound=_Numbered)
 _RECORD = TypeAdapter(Record)
+# A metric as the journal writes it. Whatever else JSON allows is read by the slow path.
+_METRIC = re.compile(
+    rb'\{"kind":"metric","key":"([^"\\\x00-\x1f\x7f-\xff]+)","value":'
+    rb'(-?\d+(?:\.\d+)?(?:e[+-]?\d+)?|"NaN"|"-?Infinity"),"step":(-?\d{1,18}),'
+    rb'"time":(\d+(?:\.\d+)?),"attempt":"[^"\\\x00-\x1f\x7f-\xff]*","seq":(\d{1,18})\}'
+)
 
 
 def segment_path(run: Run, attempt: str, number: int, *, twin: bool = False) -> str:
@@ -67,21 +89,52 @@ def read_journal(run: Run, attempt: str) -> Iterator[Record]:
     no twin yet, its first upload was damaged on its way and nobody lived to mend it: what stands
     before the damage is read, and nothing behind it was ever promised to be there.
     """
-    last = 0
+    for lines in read_segments(run, attempt, _record):
+        yield from lines
+
+
+def read_segments(
+    run: Run,
+    attempt: str,
+    parse: Callable[[bytes], Line],
+    *,
+    skip: Callable[[int], bool] = lambda number: False,
+) -> Iterator[list[Line]]:
+    """``read_journal`` by segment, so that no more than one (4 MB) is in memory.
+
+    ``parse`` makes something of a line (``quick`` is the fast one) or raises ``ValueError``.
+    Segments whose place in the list ``skip`` is true for are not fetched, nor is the gap that
+    they leave looked for.
+    """
+    last: int | None = 0
     found = segments(run, attempt)
-    for twins in found:
-        records = read_segment(run, twins, last, newest=twins is found[-1])
-        yield from records
-        last = records[-1].seq if records else last
+    for place, twins in enumerate(found):
+        if skip(place):
+            last = None
+            continue
+        lines = _lines(run, twins, last, parse, newest=twins is found[-1])
+        yield lines
+        last = lines[-1].seq if lines else last
 
 
 def read_segment(run: Run, twins: Sequence[str], last: int, *, newest: bool) -> list[Record]:
     """The records of one segment beyond record ``last``; ``read_journal`` says what is damage."""
+    return _lines(run, twins, last, _record, newest=newest)
+
+
+def _lines(
+    run: Run,
+    twins: Sequence[str],
+    last: int | None,
+    parse: Callable[[bytes], Line],
+    *,
+    newest: bool,
+) -> list[Line]:
     path, data = copy_of(run, twins)
-    records, damage = read_lines(run, path, data, last, newest=newest)
+    lines, damage = _read(run, path, data, last, parse, newest=newest)
     if damage is not None and not (newest and len(twins) == 1 and not run.root.is_local):
         raise damage
-    return records
+    return lines
 
 
 def last_record_time(run: Run, attempt: str) -> float | None:
@@ -130,20 +183,26 @@ def _is_whole(data: bytes) -> bool:
     return data.endswith(b"\n")
 
 
-def read_lines(
-    run: Run, path: str, data: bytes, last: int, *, newest: bool
-) -> tuple[list[Record], DamagedError | None]:
-    """What ``data`` of the segment ``path`` has beyond record ``last``, up to its damage if any.
+def _read(
+    run: Run,
+    path: str,
+    data: bytes,
+    last: int | None,
+    parse: Callable[[bytes], Line],
+    *,
+    newest: bool,
+) -> tuple[list[Line], DamagedError | None]:
+    """What ``data`` has beyond record ``last`` (None: not known), up to its damage if any.
 
-    ``data`` may begin at any line. Of the ``newest`` segment the end may be torn.
+    Of the ``newest`` segment the end may be torn.
     """
-    records: list[Record] = []
+    records: list[Line] = []
     lines = data.split(b"\n")
     for number, line in enumerate(lines, 1):
         if not line:
             continue
         try:
-            record = _record(line)
+            record = parse(line)
         except ValueError as error:
             if number == len(lines) and newest:
                 break
@@ -153,16 +212,48 @@ def read_lines(
             )
             damage.__cause__ = error
             return records, damage
-        if record.seq > last + 1:
+        seq = record.seq
+        if last is None:
+            last = seq - 1
+        if seq > last + 1:
             return records, DamagedError(
-                f"{path} in {run.root.url} goes on with record {record.seq} at line {number}, "
+                f"{path} in {run.root.url} goes on with record {seq} at line {number}, "
                 f"but of those before it only {last} are there; restore the attempt's segments "
                 "from a backup."
             )
-        if record.seq > last:
-            last = record.seq
+        if seq > last:
+            last = seq
             records.append(record)
     return records, None
+
+
+def read_lines(
+    run: Run, path: str, data: bytes, last: int, *, newest: bool
+) -> tuple[list[Record], DamagedError | None]:
+    """What ``data`` of the segment ``path`` has beyond record ``last``, up to its damage if any.
+
+    ``data`` may begin at any line. Of the ``newest`` segment the end may be torn.
+    """
+    return _read(run, path, data, last, _record, newest=newest)
+
+
+def quick(line: bytes) -> Point | Record:
+    """A line, five times as fast as by a model of pydantic's where it is an ordinary metric.
+
+    A million points a run are nothing unusual. Raises ``ValueError`` for what is no record.
+    """
+    found = _METRIC.fullmatch(line)
+    if found is None:
+        return _record(line)
+    key, value, step, time, seq = found.groups()
+    name = _KEYS.get(key)
+    if name is None:
+        name = _KEYS.setdefault(key, key.decode())
+    number = _NOT_FINITE[value.decode()[1:-1]] if value[:1] == b'"' else float(value)
+    return Point(name, number, int(step), float(time), int(seq))
+
+
+_KEYS: dict[bytes, str] = {}
 
 
 def _record(line: bytes) -> Record:
