@@ -14,23 +14,18 @@ import math
 import time
 from array import array
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from tessera.errors import DamagedError
 from tessera.ledger.traffic import DOWN_BYTES, UP_BYTES, count_bytes
-from tessera.runs import Attempt, Run, scan_runs
-from tessera.storage import Root
+from tessera.runs import Attempt, Run
 from tessera.tracking.condense import EVALUATED, TRAINED, Cut
-from tessera.tracking.history import Histories, RunHistory, assemble, try_history
-from tessera.tracking.invoices import read_invoices
+from tessera.tracking.history import RunHistory, assemble
 from tessera.tracking.journal import HEARTBEAT
 from tessera.tracking.records import Point, Record, quick, read_segments
 from tessera.tracking.told import HOUR
 
 _TRANSFERS = (UP_BYTES, DOWN_BYTES)
 _CHUNK = 12  # bits of a step that one integer of ``Names`` covers
-_READERS = 4  # each holds a segment: 4 MB, and 30 MB once it is parsed
 
 
 class Names:
@@ -64,14 +59,6 @@ class Reading:
     points: int
     at_end: int
     furthest: dict[str, tuple[int, ...]]
-
-
-@dataclass(frozen=True)
-class Readings:
-    """All runs of a root; ``histories`` as ``read_histories`` gives them, with fewer records."""
-
-    whole: tuple[Reading, ...]
-    histories: Histories
 
 
 class _Kept:
@@ -177,32 +164,6 @@ def read_run(run: Run, *, now: float | None = None) -> Reading:
         at_end += kept.at_end if kept.cut.upto == tip else 0
         furthest[attempt.id] = tuple(steps)
     return Reading(RunHistory(run, lineage, tuple(attempts)), points, at_end, furthest)
-
-
-def read_runs(root: Root, *, now: float | None = None) -> Readings:
-    """Every run of the root; one that is damaged does not hide the others."""
-    runs, damaged = scan_runs(root)
-
-    def read(run: Run) -> tuple[Reading | None, RunHistory | None, DamagedError | None]:
-        try:
-            return read_run(run, now=now), None, None
-        except DamagedError as error:
-            return None, try_history(run, now, records=False)[0], error
-
-    with ThreadPoolExecutor(_READERS) as pool:
-        found = list(pool.map(read, runs))
-    damaged |= {run.id: error for run, (_, _, error) in zip(runs, found, strict=True) if error}
-    invoices = read_invoices(root)
-    damaged |= invoices.damaged
-    whole = tuple(reading for reading, _, _ in found if reading is not None)
-    billable = tuple(history for _, history, _ in found if history is not None)
-    histories = Histories(
-        tuple(reading.history for reading in whole),
-        billable,
-        dict(sorted(damaged.items())),
-        invoices.found,
-    )
-    return Readings(whole, histories)
 
 
 def points_from(reading: Reading, step: int | None) -> Iterator[Point]:

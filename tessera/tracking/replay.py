@@ -20,9 +20,10 @@ from dataclasses import dataclass
 
 from tessera.storage import Root
 from tessera.tracking.known import known_runs, restored_runs
-from tessera.tracking.lineage import Reading, read_runs
+from tessera.tracking.lineage import Reading
 from tessera.tracking.merge import Annotations
 from tessera.tracking.queries import RunSummary, summarise_history
+from tessera.tracking.readings import Reader
 from tessera.tracking.sending import RunSync, Sending
 from tessera.tracking.server import connect, quiet, sentences
 
@@ -75,23 +76,18 @@ def sync(
     *,
     only: Collection[str] | None = None,
     annotations: Annotations | None = None,
+    reader: Reader | None = None,
 ) -> SyncReport:
     """Bring MLflow up to what the root says; a second call adds nothing.
 
     ``only`` names run ids (the bases of fine-tunings among them come along). ``tracking_uri``: see
-    ``tessera.tracking.server.default_uri``. ``annotations`` of an earlier call spares reading them
-    again. Raises ``StoreError`` for a server that does not answer, within seconds; what arrived
-    stays and the next call continues. A damaged run is left out and told in the report; one that
-    ``only`` needs is an error.
+    ``tessera.tracking.server.default_uri``. ``annotations`` and ``reader`` of an earlier call
+    spare reading the same again. Raises ``StoreError`` for a server that does not answer, within
+    seconds; what arrived stays and the next call continues. A damaged run is left out and told in
+    the report; one that ``only`` needs is an error.
     """
     started = time.monotonic()
-    read = read_runs(root)
-    bases = {r.history.run.id: r.history.run.record.base for r in read.whole}
-    chosen = bases.keys() if only is None else {*only, *(_base_id(bases.get(i)) for i in only)}
-    for name, error in read.histories.damaged.items():
-        if only is not None and name in chosen:
-            raise error
-    wanted = [reading for reading in read.whole if reading.history.run.id in chosen]
+    read = (reader or Reader(root)).read(only)
     server = connect(root, tracking_uri)
     annotations = Annotations(root) if annotations is None else annotations
     synced: dict[str, RunSync] = {}
@@ -99,10 +95,10 @@ def sync(
     with quiet(), sentences(server.uri):
         known, restored = known_runs(server), restored_runs(server)
         annotations.read()  # after MLflow: what is newer in the root must not look like an edit
-        for number, reading in enumerate(sorted(wanted, key=_bases_first)):
+        for number, reading in enumerate(sorted(read.wanted, key=_bases_first)):
             run_id = reading.history.run.id
             if progress is not None:
-                progress(number, len(wanted), run_id)
+                progress(number, len(read.wanted), run_id)
             summary = summarise_history(reading.history, read.histories.bills)
             parent = synced.get(summary.base or "")
             parent_id = parent.mlflow_run_id if parent else None
@@ -119,10 +115,6 @@ def sync(
         tuple(damaged),
         tuple((name, summary.status) for name, summary in summaries.items()),
     )
-
-
-def _base_id(base: dict[str, str] | None) -> str | None:
-    return (base or {}).get("run_id")
 
 
 def _bases_first(reading: Reading) -> tuple[bool, float]:
