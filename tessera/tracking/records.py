@@ -68,11 +68,11 @@ class _Numbered(Protocol):
 
 Line = TypeVar("Line", bound=_Numbered)
 _RECORD = TypeAdapter(Record)
-# A metric as the journal writes it. Whatever else JSON allows is read by the slow path.
-_METRIC = re.compile(
-    rb'\{"kind":"metric","key":"([^"\\\x00-\x1f\x7f-\xff]+)","value":'
+# A metric or span as the journal writes it. Whatever else JSON allows is read by the slow path.
+_NUMBER_LINE = re.compile(
+    rb'\{"kind":"(metric|span)","key":"([^"\\\x00-\x1f\x7f-\xff]+)","value":'
     rb'(-?\d+(?:\.\d+)?(?:e[+-]?\d+)?|"NaN"|"-?Infinity"),"step":(-?\d{1,18}),'
-    rb'"time":(\d+(?:\.\d+)?),"attempt":"[^"\\\x00-\x1f\x7f-\xff]*","seq":(\d{1,18})\}'
+    rb'"time":(\d+(?:\.\d+)?),"attempt":"([^"\\\x00-\x1f\x7f-\xff]*)","seq":(\d{1,18})\}'
 )
 
 
@@ -242,13 +242,16 @@ def quick(line: bytes) -> Point | Record:
 
     A million points a run are nothing unusual. Raises ``ValueError`` for what is no record.
     """
-    found = _METRIC.fullmatch(line)
+    found = _NUMBER_LINE.fullmatch(line)
     if found is None:
         return _record(line)
-    key, value, step, time, seq = found.groups()
+    kind, key, value, step, time, attempt, seq = found.groups()
     name = _KEYS.get(key)
     if name is None:
         name = _KEYS.setdefault(key, key.decode())
+    if kind == b"span":
+        told = value.decode()[1:-1] if value[:1] == b'"' else float(value)
+        return Record("span", name, told, int(step), float(time), attempt.decode(), int(seq))
     number = _NOT_FINITE[value.decode()[1:-1]] if value[:1] == b'"' else float(value)
     return Point(name, number, int(step), float(time), int(seq))
 
