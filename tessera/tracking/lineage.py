@@ -76,15 +76,15 @@ class _Kept:
         self._newest: Point | None = None
         self._trained: Point | None = None
 
-    def take(self, line: Point | Record) -> int | None:
-        """One more line; the step of a metric."""
+    def take(self, line: Point | Record) -> int:
+        """One more line; the step of a metric, -1 for others."""
         self.count += 1
         if line.time > self.last_time:
             self.last_time = line.time
         if isinstance(line, Record):
             if line.kind != "metric":
                 self._other(line)
-                return None
+                return -1
             line = Point(line.key, line.number, line.step, line.time, line.seq)
         key, _, step, _, _ = line
         if self.cut.after < step <= self.cut.upto:
@@ -153,9 +153,7 @@ def read_run(run: Run, *, now: float | None = None) -> Reading:
     for attempt in run.attempts():
         kept, steps = _Kept(attempt, Cut.of(attempt, lineage)), []
         for lines in read_segments(run, attempt.id, quick):
-            found = [step for line in lines if (step := kept.take(line)) is not None]
-            steps.append(max(found, default=-1))
-            del lines, found  # before the next segment is parsed
+            steps.append(max(map(kept.take, lines), default=-1))
         last = kept.last_time if kept.count else None
         records = kept.records()
         ending = endings.get(attempt.id)

@@ -99,42 +99,33 @@ def read_segments(
     parse: Callable[[bytes], Line],
     *,
     skip: Callable[[int], bool] = lambda number: False,
-) -> Iterator[list[Line]]:
-    """``read_journal`` by segment, so that no more than one (4 MB) is in memory.
+) -> Iterator[Iterator[Line]]:
+    """``read_journal`` by segment; lines come one by one, each segment's to be read to its end.
 
     ``parse`` makes something of a line (``quick`` is the fast one) or raises ``ValueError``.
     Segments whose place in the list ``skip`` is true for are not fetched, nor is the gap that
-    they leave looked for.
+    they leave looked for. No more than one segment (4 MB) is in memory, and none as objects: a
+    million of those would cost as much again to Python's garbage collector.
     """
     last: int | None = 0
+
+    def lines(twins: Sequence[str], newest: bool) -> Iterator[Line]:
+        nonlocal last
+        for line in _lines(run, twins, last, parse, newest=newest):
+            last = line.seq
+            yield line
+
     found = segments(run, attempt)
     for place, twins in enumerate(found):
         if skip(place):
             last = None
-            continue
-        lines = _lines(run, twins, last, parse, newest=twins is found[-1])
-        yield lines
-        last = lines[-1].seq if lines else last
+        else:
+            yield lines(twins, twins is found[-1])
 
 
 def read_segment(run: Run, twins: Sequence[str], last: int, *, newest: bool) -> list[Record]:
     """The records of one segment beyond record ``last``; ``read_journal`` says what is damage."""
-    return _lines(run, twins, last, _record, newest=newest)
-
-
-def _lines(
-    run: Run,
-    twins: Sequence[str],
-    last: int | None,
-    parse: Callable[[bytes], Line],
-    *,
-    newest: bool,
-) -> list[Line]:
-    path, data = copy_of(run, twins)
-    lines, damage = _read(run, path, data, last, parse, newest=newest)
-    if damage is not None and not (newest and len(twins) == 1 and not run.root.is_local):
-        raise damage
-    return lines
+    return list(_lines(run, twins, last, _record, newest=newest))
 
 
 def last_record_time(run: Run, attempt: str) -> float | None:
@@ -183,20 +174,20 @@ def _is_whole(data: bytes) -> bool:
     return data.endswith(b"\n")
 
 
-def _read(
+def _lines(
     run: Run,
-    path: str,
-    data: bytes,
+    twins: Sequence[str],
     last: int | None,
     parse: Callable[[bytes], Line],
     *,
     newest: bool,
-) -> tuple[list[Line], DamagedError | None]:
-    """What ``data`` has beyond record ``last`` (None: not known), up to its damage if any.
+) -> Iterator[Line]:
+    """What a segment has beyond record ``last`` (None: not known).
 
-    Of the ``newest`` segment the end may be torn.
+    Of the ``newest`` segment the end may be torn, or more of it where there is one copy in a store.
     """
-    records: list[Line] = []
+    path, data = copy_of(run, twins)
+    forgiven = newest and len(twins) == 1 and not run.root.is_local
     lines = data.split(b"\n")
     for number, line in enumerate(lines, 1):
         if not line:
@@ -204,27 +195,26 @@ def _read(
         try:
             record = parse(line)
         except ValueError as error:
-            if number == len(lines) and newest:
-                break
-            damage = DamagedError(
+            if forgiven or (number == len(lines) and newest):
+                return
+            raise DamagedError(
                 f"{path} in {run.root.url} is damaged at line {number} ({error}); restore the "
                 "segment from a backup."
-            )
-            damage.__cause__ = error
-            return records, damage
+            ) from error
         seq = record.seq
         if last is None:
             last = seq - 1
         if seq > last + 1:
-            return records, DamagedError(
+            if forgiven:
+                return
+            raise DamagedError(
                 f"{path} in {run.root.url} goes on with record {seq} at line {number}, "
                 f"but of those before it only {last} are there; restore the attempt's segments "
                 "from a backup."
             )
         if seq > last:
             last = seq
-            records.append(record)
-    return records, None
+            yield record
 
 
 def read_lines(
@@ -249,13 +239,14 @@ def quick(line: bytes) -> Point | Record:
     name = _KEYS.get(key)
     if name is None:
         name = _KEYS.setdefault(key, key.decode())
-    if kind == b"span":
-        told = value.decode()[1:-1] if value[:1] == b'"' else float(value)
-        return Record("span", name, told, int(step), float(time), attempt.decode(), int(seq))
-    number = _NOT_FINITE[value.decode()[1:-1]] if value[:1] == b'"' else float(value)
-    return Point(name, number, int(step), float(time), int(seq))
+    if kind == b"metric":
+        number = float(value) if value[0] != _QUOTE else _NOT_FINITE[value[1:-1].decode()]
+        return Point(name, number, int(step), float(time), int(seq))
+    told = float(value) if value[0] != _QUOTE else value[1:-1].decode()
+    return Record("span", name, told, int(step), float(time), attempt.decode(), int(seq))
 
 
+_QUOTE = ord('"')
 _KEYS: dict[bytes, str] = {}
 
 
