@@ -182,39 +182,13 @@ def _lines(
     *,
     newest: bool,
 ) -> Iterator[Line]:
-    """What a segment has beyond record ``last`` (None: not known).
-
-    Of the ``newest`` segment the end may be torn, or more of it where there is one copy in a store.
-    """
+    """What a segment has beyond record ``last``; ``read_journal`` says which damage is forgiven."""
     path, data = copy_of(run, twins)
-    forgiven = newest and len(twins) == 1 and not run.root.is_local
-    lines = data.split(b"\n")
-    for number, line in enumerate(lines, 1):
-        if not line:
-            continue
-        try:
-            record = parse(line)
-        except ValueError as error:
-            if forgiven or (number == len(lines) and newest):
-                return
-            raise DamagedError(
-                f"{path} in {run.root.url} is damaged at line {number} ({error}); restore the "
-                "segment from a backup."
-            ) from error
-        seq = record.seq
-        if last is None:
-            last = seq - 1
-        if seq > last + 1:
-            if forgiven:
-                return
-            raise DamagedError(
-                f"{path} in {run.root.url} goes on with record {seq} at line {number}, "
-                f"but of those before it only {last} are there; restore the attempt's segments "
-                "from a backup."
-            )
-        if seq > last:
-            last = seq
-            yield record
+    try:
+        yield from _parsed(run, path, data, last, parse, newest=newest)
+    except DamagedError:
+        if not (newest and len(twins) == 1 and not run.root.is_local):
+            raise
 
 
 def read_lines(
@@ -224,7 +198,53 @@ def read_lines(
 
     ``data`` may begin at any line. Of the ``newest`` segment the end may be torn.
     """
-    return _read(run, path, data, last, _record, newest=newest)
+    records: list[Record] = []
+    try:
+        for record in _parsed(run, path, data, last, _record, newest=newest):
+            records.append(record)
+    except DamagedError as damage:
+        return records, damage
+    return records, None
+
+
+def _parsed(
+    run: Run,
+    path: str,
+    data: bytes,
+    last: int | None,
+    parse: Callable[[bytes], Line],
+    *,
+    newest: bool,
+) -> Iterator[Line]:
+    """Line by line what ``data`` has beyond record ``last`` (None: not known).
+
+    Raises ``DamagedError`` at its damage; of the ``newest`` segment the end may be torn.
+    """
+    lines = data.split(b"\n")
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            record = parse(line)
+        except ValueError as error:
+            if number == len(lines) and newest:
+                return
+            raise DamagedError(
+                f"{path} in {run.root.url} is damaged at line {number} ({error}); restore the "
+                "segment from a backup."
+            ) from error
+        seq = record.seq
+        if last is None:
+            last = seq - 1
+        if seq > last + 1:
+            raise DamagedError(
+                f"{path} in {run.root.url} goes on with record {seq} at line {number}, "
+                f"but of those before it only {last} are there; restore the attempt's segments "
+                "from a backup."
+            )
+        if seq > last:
+            last = seq
+            yield record
 
 
 def quick(line: bytes) -> Point | Record:

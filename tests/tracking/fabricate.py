@@ -267,6 +267,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
         "tracking.journal",
         "tracking.history",
         "tracking.queries",
+        "tracking.index",
         "tracking.lineage",
         "tracking.report.reading",
     )
