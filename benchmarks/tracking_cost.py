@@ -4,12 +4,12 @@
     python benchmarks/tracking_cost.py --pairs 10 --steps 3000
 
 Both are ``tessera train`` as a process of its own on the same small model on the CPU, with one
-thread. With tracking, MLFLOW_TRACKING_URI names a server on the loopback that takes every connection
-and never answers, so the replayer beside the trainer waits, gives up and tries again all the time;
-the journal's uploads come every second. Runs go in pairs whose order changes. Of each run count the
-step times of the second half, taken from the journal: in the first one the replayer imports MLflow,
-once in a run. Said are the means of the paired ratios and their 95 % intervals (Student's t), of the
-median and of the tenth percentile, which others on the machine disturb less.
+thread. With tracking, MLFLOW_TRACKING_URI names a server on the loopback that takes every
+connection and never answers, so the replayer beside the trainer waits, gives up and tries again all
+the time; the journal's uploads come every second. Runs go in pairs whose order changes. Of each run
+count the step times of the second half, taken from the journal: in the first one the replayer
+imports MLflow, once in a run. Said are the means of the paired ratios and their 95 % intervals
+(Student's t), of the median and of the tenth percentile, which others on the machine disturb less.
 """
 
 from __future__ import annotations

@@ -7,20 +7,21 @@ else opens a client.
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import re
 import sqlite3
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from tessera.errors import InputError, StoreError, TesseraError
-from tessera.storage import Root
+from tessera.storage import Root, cache_folder, sha256_bytes
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -90,8 +91,27 @@ def connect(root: Root, tracking_uri: str | None = None) -> Server:
         with sentences(uri):
             if uri.startswith("sqlite:///"):
                 Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-            client = MlflowClient(tracking_uri=uri)
-            return Server(uri, client, _experiment(client, root, uri, name), name)
+            with _one_at_a_time(uri):
+                client = MlflowClient(tracking_uri=uri)
+                return Server(uri, client, _experiment(client, root, uri, name), name)
+
+
+@contextmanager
+def _one_at_a_time(uri: str) -> Iterator[None]:
+    """Of two processes that open a new SQLite file one makes the tables; MLflow does not see to it.
+
+    The replayer beside a trainer and a ``tessera-exp sync`` right after it are two such.
+    """
+    if not uri.startswith("sqlite:///"):
+        yield
+        return
+    place = str(Path(uri.removeprefix("sqlite:///")).absolute())
+    lock = cache_folder() / "locks" / sha256_bytes(place.encode())[:24]
+    with ExitStack() as stack:
+        with suppress(OSError):  # a cache that cannot be written: as before
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context(lock.open("wb")), fcntl.LOCK_EX)
+        yield
 
 
 def _experiment(client: MlflowClient, root: Root, uri: str, name: str) -> str:

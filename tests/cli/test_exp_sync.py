@@ -155,3 +155,16 @@ def test_a_server_that_refuses_pauses_it(bench: Bench, status: int) -> None:
         assert follower.end() == 0
         server.shutdown()
     assert len([line for line in follower.lines if "Paused" in line]) == 1, follower.lines
+
+
+def test_several_that_open_a_new_database_at_once(bench: Bench) -> None:
+    command = [sys.executable, "-c", EXP, "sync", "--root", bench.root.url]
+    command += ["--tracking-uri", f"sqlite:///{bench.folder}/fresh/mlflow.db"]
+    bench.finished()
+    processes = [
+        subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    for process in processes:
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 0, said
