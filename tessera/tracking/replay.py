@@ -25,7 +25,7 @@ from tessera.tracking.merge import Annotations
 from tessera.tracking.queries import RunSummary, summarise_history
 from tessera.tracking.readings import Reader
 from tessera.tracking.sending import RunSync, Sending
-from tessera.tracking.server import connect, quiet, sentences
+from tessera.tracking.server import connect, quiet, rarely_collected, sentences
 
 __all__ = ["Progress", "RunSync", "SyncReport", "known_runs", "sync"]
 
@@ -86,6 +86,18 @@ def sync(
     seconds; what arrived stays and the next call continues. A damaged run is left out and told in
     the report; one that ``only`` needs is an error.
     """
+    with rarely_collected():
+        return _sync(root, tracking_uri, progress, only, annotations, reader)
+
+
+def _sync(
+    root: Root,
+    tracking_uri: str | None,
+    progress: Progress | None,
+    only: Collection[str] | None,
+    annotations: Annotations | None,
+    reader: Reader | None,
+) -> SyncReport:
     started = time.monotonic()
     read = (reader or Reader(root)).read(only)
     server = connect(root, tracking_uri)

@@ -8,6 +8,7 @@ else opens a client.
 from __future__ import annotations
 
 import fcntl
+import gc
 import logging
 import os
 import re
@@ -30,6 +31,7 @@ URI_VARIABLE = "MLFLOW_TRACKING_URI"
 EXPERIMENT_VARIABLE = "TESSERA_MLFLOW_EXPERIMENT"
 DEFAULT_EXPERIMENT = "tessera"
 
+_COLLECT_EVERY = 50_000
 _SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -152,6 +154,21 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+@contextmanager
+def rarely_collected() -> Iterator[None]:
+    """Let Python look for garbage seldom while many points are sent.
+
+    MLflow makes thousands of objects a batch, all of which are gone after it; looked through at
+    every 700th, as is usual, they cost a third of the time (``benchmarks/replay.md``).
+    """
+    before = gc.get_threshold()
+    gc.set_threshold(_COLLECT_EVERY, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 @contextmanager
