@@ -22,6 +22,7 @@ from tessera.storage import Root
 from tessera.tracking.known import known_runs, restored_runs
 from tessera.tracking.lineage import Reading
 from tessera.tracking.merge import Annotations
+from tessera.tracking.pages import Shown, present
 from tessera.tracking.queries import RunSummary, summarise_history
 from tessera.tracking.readings import Reader
 from tessera.tracking.sending import RunSync, Sending
@@ -38,7 +39,8 @@ class SyncReport:
     """What a sync did; ``seconds`` of wall-clock time.
 
     ``damaged`` are sentences about what could not be read of the root and was left out, and
-    ``statuses`` says of each run that was looked at how it stands.
+    ``statuses`` says of each run that was looked at how it stands,
+    ``remarks`` what else a person should know.
     """
 
     tracking_uri: str
@@ -47,6 +49,7 @@ class SyncReport:
     seconds: float
     damaged: tuple[str, ...] = ()
     statuses: tuple[tuple[str, str], ...] = ()
+    remarks: tuple[str, ...] = ()
 
     @property
     def points(self) -> int:
@@ -104,6 +107,7 @@ def _sync(
     annotations = Annotations(root) if annotations is None else annotations
     synced: dict[str, RunSync] = {}
     summaries: dict[str, RunSummary] = {}
+    shown: list[Shown] = []
     with quiet(), sentences(server.uri):
         known, restored = known_runs(server), restored_runs(server)
         annotations.read()  # after MLflow: what is newer in the root must not look like an edit
@@ -117,6 +121,8 @@ def _sync(
             sending = Sending(server, reading, summary, parent_id, annotations.of(run_id))
             synced[run_id] = sending.sync(known.get(run_id, []), restored)
             summaries[run_id] = summary
+            shown.append(Shown(reading.history.run.record, summary, sending.interview))
+        remarks = present(server, shown if only is None else None)
     damaged = [] if only is not None else [str(e) for e in read.histories.damaged.values()]
     damaged += [text for name, text in annotations.damaged.items() if name in synced]
     return SyncReport(
@@ -126,6 +132,7 @@ def _sync(
         time.monotonic() - started,
         tuple(damaged),
         tuple((name, summary.status) for name, summary in summaries.items()),
+        remarks,
     )
 
 

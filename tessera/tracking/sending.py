@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from tessera.runs import Segment
 from tessera.storage import canonical_json, sha256_bytes
 from tessera.tracking.annotations import Annotation
+from tessera.tracking.interviews import INTERVIEW
 from tessera.tracking.known import (
     is_deleted,
     known_runs,
@@ -101,6 +102,7 @@ class Sending:
         if parent is not None:
             self._texts[PARENT] = parent
         self._finals = finals(summary)
+        self.interview = self._texts.get(INTERVIEW)
         self._run_id = ""
 
     def sync(self, known: list[MlflowRun], restored: set[str]) -> RunSync:

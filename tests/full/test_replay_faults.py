@@ -1,7 +1,7 @@
 """Replay under real faults: after each of them MLflow has exactly the points that are due.
 
-On SQLite and on PostgreSQL. Random moments come from seeds that a failure prints. Full databases are
-real file systems of a fixed size, so these tests need root (`mount -t tmpfs`).
+On SQLite and on PostgreSQL. Random moments come from seeds that a failure prints. Full databases
+are real file systems of a fixed size, so these tests need root (`mount -t tmpfs`).
 """
 
 from __future__ import annotations
