@@ -82,38 +82,49 @@ def show(run: str, root: str, as_json: bool) -> None:
     show_detail(detail)
 
 
-@exp.command(epilog=epilog("tessera-exp sync", "tessera-exp sync --root s3://bucket/tessera"))
+@exp.command(
+    epilog=epilog(
+        "tessera-exp sync",
+        "tessera-exp sync --root s3://bucket/tessera",
+        "tessera-exp sync --follow --run smoke --until-finished",
+    )
+)
 @root_option
 @_tracking_option
-def sync(root: str, tracking_uri: str | None) -> int:
+@click.option("--run", "runs", multiple=True, metavar="RUN", help="Only this one; repeatable.")
+@click.option("--follow", is_flag=True, help="Sync again and again until Ctrl-C.")
+@click.option(
+    "--every",
+    "every_s",
+    type=click.FloatRange(0.05, 86_400),
+    default=30.0,
+    show_default=True,
+    metavar="S",
+    help="With --follow: seconds from one sync to the next.",
+)
+@click.option("--until-finished", is_flag=True, help="With --follow and --run: leave at its end.")
+def sync(
+    root: str,
+    tracking_uri: str | None,
+    runs: tuple[str, ...],
+    follow: bool,
+    every_s: float,
+    until_finished: bool,
+) -> int:
     """Replay the root into MLflow; a second sync adds nothing.
 
-    Damaged runs are left out and named on stderr (exit 2).
+    Notes, tags and deletions made in MLflow become records of the root; what cannot is named.
+    Damaged runs are left out and named on stderr (exit 2). --follow survives a server that goes
+    away.
     """
-    from tessera.cli._exp_figures import plural
-    from tessera.cli._exp_view import sync_progress
-    from tessera.promotion.registry import apply_records
-    from tessera.storage import open_root
-    from tessera.tracking.replay import sync as replay
+    from tessera.cli import _exp_sync
+    from tessera.errors import InputError
 
-    store = open_root(root)
-    with sync_progress() as progress:
-        report = replay(store, tracking_uri, progress)
-        versions = apply_records(store, tracking_uri)
-    again = sum(run.rebuilt for run in report.runs)
-    redone = f", {again} made again because its records changed" if again else ""
-    registry = f", {plural(versions, 'model version')}" if versions else ""
-    runs = plural(len(report.runs), "run")
-    click.echo(
-        f"Synced {runs} into {report.tracking_uri} in {report.seconds:.1f} s: "
-        f"{report.created} new, {report.points:,} points added{redone}{registry}."
-    )
-    if report.tracking_uri.startswith("sqlite"):
-        where = "" if root == ".tessera" else f" --root {root}"
-        click.echo(f"Look at them: tessera-exp ui{where}")
-    for remark in report.remarks:
-        click.echo(remark)
-    return tell_damaged(report.damaged)
+    if until_finished and not (follow and runs):
+        raise InputError("--until-finished waits for runs; give --follow and --run RUN with it.")
+    if follow:
+        return _exp_sync.follow(root, tracking_uri, runs, every_s, until_finished)
+    return tell_damaged(_exp_sync.once(root, tracking_uri, runs))
 
 
 @exp.command(

@@ -153,6 +153,7 @@ def _train(
         hand_over()
         return launch(plan, command, grace_s=settings.preemption.grace_s)
     from tessera.cli.attempts import ask_for_all, place_of
+    from tessera.cli.beside import Beside
     from tessera.cloud.machine import describe_machine
     from tessera.training.session import train as run_training
     from tessera.training.workplace import Instruments
@@ -168,10 +169,11 @@ def _train(
         click.echo(f"{machine.price.note}; its price is {machine.price.words}.", err=True)
     place = place_of(machine)
     hand_over()
-    instruments = Instruments(ask_price=ask_for_all(machine))
-    result = run_training(
-        settings, store, place, run_id=run_id, new=new, quiet=quiet, instruments=instruments
-    )
+    with Beside(store) as beside:
+        instruments = Instruments(ask_price=ask_for_all(machine), began=beside.start)
+        result = run_training(
+            settings, store, place, run_id=run_id, new=new, quiet=quiet, instruments=instruments
+        )
     if os.environ.get("RANK", "0") == "0":  # one of several workers speaks
         try:
             click.echo(f"{result.run.id}: {result.text}")

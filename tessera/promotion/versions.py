@@ -6,6 +6,7 @@ and so is a model that was stored just before a crash.
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.models import ModelSignature
 
+ALIASES_TAG = "tessera.aliases"
 RECORD_TAG = "tessera.promotion"
 MODEL_TYPE = "tessera-lora-adapter"
 
@@ -59,12 +61,17 @@ def fetch_adapter(run: Run, adapter: str, folder: Path) -> Weights:
     return Weights(base, found)
 
 
-def apply_records(root: Root, tracking_uri: str | None = None) -> int:
+def apply_records(
+    root: Root, tracking_uri: str | None = None, told: list[str] | None = None
+) -> int:
     """Bring MLflow's registry up to the records; returns how many versions were added.
 
-    Idempotent, and the same versions and aliases come out of an empty MLflow. Raises ``StoreError``
-    as ``sync`` does, and for an adapter that is no longer the one that was promoted.
+    Idempotent, and the same versions and aliases come out of an empty MLflow. An alias that was
+    moved in MLflow by hand is moved back, or left alone where no record names it; ``told`` is given
+    a sentence about each. Raises ``StoreError`` as ``sync`` does, and for an adapter that is no
+    longer the one that was promoted.
     """
+    told = [] if told is None else told
     promotions = read_promotions(root)
     if not promotions:
         return 0
@@ -80,12 +87,39 @@ def apply_records(root: Root, tracking_uri: str | None = None) -> int:
             _register(server, root, promotion, found[0].info.run_id if found else None)
             added += 1
         versions = _versions(server) if added else versions
-        aliases = dict(server.client.get_registered_model(MODEL_NAME).aliases)
-        for alias, promotion in holders(promotions).items():
-            version = str(versions[_number(promotion)].version)
-            if str(aliases.get(alias)) != version:
-                server.client.set_registered_model_alias(MODEL_NAME, alias, version)
+        wanted = {
+            alias: str(versions[_number(promotion)].version)
+            for alias, promotion in holders(promotions).items()
+        }
+        _apply_aliases(server, wanted, told)
     return added
+
+
+def _apply_aliases(server: Server, wanted: dict[str, str], told: list[str]) -> None:
+    """Give each alias to its version; the tag ``tessera.aliases`` has what was given last."""
+    model = server.client.get_registered_model(MODEL_NAME)
+    there = {alias: str(version) for alias, version in dict(model.aliases).items()}
+    try:
+        given = json.loads(model.tags.get(ALIASES_TAG, "{}"))
+    except ValueError:
+        given = {}
+    for alias, version in wanted.items():
+        if (before := given.get(alias)) is not None and there.get(alias) != before:
+            now = f"to version {there[alias]}" if alias in there else "away"
+            told.append(
+                f"Alias {alias} was moved {now} in MLflow, which no record says; it is back at "
+                f"version {version}: use `tessera-exp promote` to move it."
+            )
+        if there.get(alias) != version:
+            server.client.set_registered_model_alias(MODEL_NAME, alias, version)
+    told += [
+        f"Alias {alias} (version {there[alias]}) was given in MLflow, and no record names it; a "
+        "rebuilt MLflow will not have it: use `tessera-exp promote` to give it."
+        for alias in sorted(there.keys() - wanted.keys())
+    ]
+    if given != wanted:
+        text = json.dumps(wanted, sort_keys=True)
+        server.client.set_registered_model_tag(MODEL_NAME, ALIASES_TAG, text)
 
 
 def _number(promotion: Promotion) -> str:

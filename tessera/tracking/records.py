@@ -15,11 +15,11 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, get_args
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
@@ -51,7 +51,29 @@ class Record:
         return _NOT_FINITE[self.value] if isinstance(self.value, str) else float(self.value)
 
 
+class Point(NamedTuple):
+    """A metric's line as ``quick`` reads it, without what its place in the root says."""
+
+    key: str
+    number: float
+    step: int
+    time: float
+    seq: int
+
+
+class _Numbered(Protocol):
+    @property
+    def seq(self) -> int: ...
+
+
+Line = TypeVar("Line", bound=_Numbered)
 _RECORD = TypeAdapter(Record)
+# A metric or span as the journal writes it. Whatever else JSON allows is read by the slow path.
+_NUMBER_LINE = re.compile(
+    rb'\{"kind":"(metric|span)","key":"([^"\\\x00-\x1f\x7f-\xff]+)","value":'
+    rb'(-?\d+(?:\.\d+)?(?:e[+-]?\d+)?|"NaN"|"-?Infinity"),"step":(-?\d{1,18}),'
+    rb'"time":(\d+(?:\.\d+)?),"attempt":"([^"\\\x00-\x1f\x7f-\xff]*)","seq":(\d{1,18})\}'
+)
 
 
 def segment_path(run: Run, attempt: str, number: int, *, twin: bool = False) -> str:
@@ -67,21 +89,43 @@ def read_journal(run: Run, attempt: str) -> Iterator[Record]:
     no twin yet, its first upload was damaged on its way and nobody lived to mend it: what stands
     before the damage is read, and nothing behind it was ever promised to be there.
     """
-    last = 0
+    for lines in read_segments(run, attempt, _record):
+        yield from lines
+
+
+def read_segments(
+    run: Run,
+    attempt: str,
+    parse: Callable[[bytes], Line],
+    *,
+    skip: Callable[[int], bool] = lambda number: False,
+) -> Iterator[Iterator[Line]]:
+    """``read_journal`` by segment; lines come one by one, each segment's to be read to its end.
+
+    ``parse`` makes something of a line (``quick`` is the fast one) or raises ``ValueError``.
+    Segments whose place in the list ``skip`` is true for are not fetched, nor is the gap that
+    they leave looked for. No more than one segment (4 MB) is in memory, and none as objects: a
+    million of those would cost as much again to Python's garbage collector.
+    """
+    last: int | None = 0
+
+    def lines(twins: Sequence[str], newest: bool) -> Iterator[Line]:
+        nonlocal last
+        for line in _lines(run, twins, last, parse, newest=newest):
+            last = line.seq
+            yield line
+
     found = segments(run, attempt)
-    for twins in found:
-        records = read_segment(run, twins, last, newest=twins is found[-1])
-        yield from records
-        last = records[-1].seq if records else last
+    for place, twins in enumerate(found):
+        if skip(place):
+            last = None
+        else:
+            yield lines(twins, twins is found[-1])
 
 
 def read_segment(run: Run, twins: Sequence[str], last: int, *, newest: bool) -> list[Record]:
     """The records of one segment beyond record ``last``; ``read_journal`` says what is damage."""
-    path, data = copy_of(run, twins)
-    records, damage = read_lines(run, path, data, last, newest=newest)
-    if damage is not None and not (newest and len(twins) == 1 and not run.root.is_local):
-        raise damage
-    return records
+    return list(_lines(run, twins, last, _record, newest=newest))
 
 
 def last_record_time(run: Run, attempt: str) -> float | None:
@@ -130,6 +174,23 @@ def _is_whole(data: bytes) -> bool:
     return data.endswith(b"\n")
 
 
+def _lines(
+    run: Run,
+    twins: Sequence[str],
+    last: int | None,
+    parse: Callable[[bytes], Line],
+    *,
+    newest: bool,
+) -> Iterator[Line]:
+    """What a segment has beyond record ``last``; ``read_journal`` says which damage is forgiven."""
+    path, data = copy_of(run, twins)
+    try:
+        yield from _parsed(run, path, data, last, parse, newest=newest)
+    except DamagedError:
+        if not (newest and len(twins) == 1 and not run.root.is_local):
+            raise
+
+
 def read_lines(
     run: Run, path: str, data: bytes, last: int, *, newest: bool
 ) -> tuple[list[Record], DamagedError | None]:
@@ -138,31 +199,75 @@ def read_lines(
     ``data`` may begin at any line. Of the ``newest`` segment the end may be torn.
     """
     records: list[Record] = []
+    try:
+        for record in _parsed(run, path, data, last, _record, newest=newest):
+            records.append(record)
+    except DamagedError as damage:
+        return records, damage
+    return records, None
+
+
+def _parsed(
+    run: Run,
+    path: str,
+    data: bytes,
+    last: int | None,
+    parse: Callable[[bytes], Line],
+    *,
+    newest: bool,
+) -> Iterator[Line]:
+    """Line by line what ``data`` has beyond record ``last`` (None: not known).
+
+    Raises ``DamagedError`` at its damage; of the ``newest`` segment the end may be torn.
+    """
     lines = data.split(b"\n")
     for number, line in enumerate(lines, 1):
         if not line:
             continue
         try:
-            record = _record(line)
+            record = parse(line)
         except ValueError as error:
             if number == len(lines) and newest:
-                break
-            damage = DamagedError(
+                return
+            raise DamagedError(
                 f"{path} in {run.root.url} is damaged at line {number} ({error}); restore the "
                 "segment from a backup."
-            )
-            damage.__cause__ = error
-            return records, damage
-        if record.seq > last + 1:
-            return records, DamagedError(
-                f"{path} in {run.root.url} goes on with record {record.seq} at line {number}, "
+            ) from error
+        seq = record.seq
+        if last is None:
+            last = seq - 1
+        if seq > last + 1:
+            raise DamagedError(
+                f"{path} in {run.root.url} goes on with record {seq} at line {number}, "
                 f"but of those before it only {last} are there; restore the attempt's segments "
                 "from a backup."
             )
-        if record.seq > last:
-            last = record.seq
-            records.append(record)
-    return records, None
+        if seq > last:
+            last = seq
+            yield record
+
+
+def quick(line: bytes) -> Point | Record:
+    """A line, five times as fast as by a model of pydantic's where it is an ordinary metric.
+
+    A million points a run are nothing unusual. Raises ``ValueError`` for what is no record.
+    """
+    found = _NUMBER_LINE.fullmatch(line)
+    if found is None:
+        return _record(line)
+    kind, key, value, step, time, attempt, seq = found.groups()
+    name = _KEYS.get(key)
+    if name is None:
+        name = _KEYS.setdefault(key, key.decode())
+    if kind == b"metric":
+        number = float(value) if value[0] != _QUOTE else _NOT_FINITE[value[1:-1].decode()]
+        return Point(name, number, int(step), float(time), int(seq))
+    told = float(value) if value[0] != _QUOTE else value[1:-1].decode()
+    return Record("span", name, told, int(step), float(time), attempt.decode(), int(seq))
+
+
+_QUOTE = ord('"')
+_KEYS: dict[bytes, str] = {}
 
 
 def _record(line: bytes) -> Record:

@@ -7,20 +7,22 @@ else opens a client.
 
 from __future__ import annotations
 
+import fcntl
+import gc
 import logging
 import os
 import re
 import sqlite3
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from tessera.errors import InputError, StoreError, TesseraError
-from tessera.storage import Root
+from tessera.storage import Root, cache_folder, sha256_bytes
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -29,6 +31,7 @@ URI_VARIABLE = "MLFLOW_TRACKING_URI"
 EXPERIMENT_VARIABLE = "TESSERA_MLFLOW_EXPERIMENT"
 DEFAULT_EXPERIMENT = "tessera"
 
+_COLLECT_EVERY = 50_000
 _SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -90,8 +93,27 @@ def connect(root: Root, tracking_uri: str | None = None) -> Server:
         with sentences(uri):
             if uri.startswith("sqlite:///"):
                 Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-            client = MlflowClient(tracking_uri=uri)
-            return Server(uri, client, _experiment(client, root, uri, name), name)
+            with _one_at_a_time(uri):
+                client = MlflowClient(tracking_uri=uri)
+                return Server(uri, client, _experiment(client, root, uri, name), name)
+
+
+@contextmanager
+def _one_at_a_time(uri: str) -> Iterator[None]:
+    """Of two processes that open a new SQLite file one makes the tables; MLflow does not see to it.
+
+    The replayer beside a trainer and a ``tessera-exp sync`` right after it are two such.
+    """
+    if not uri.startswith("sqlite:///"):
+        yield
+        return
+    place = str(Path(uri.removeprefix("sqlite:///")).absolute())
+    lock = cache_folder() / "locks" / sha256_bytes(place.encode())[:24]
+    with ExitStack() as stack:
+        with suppress(OSError):  # a cache that cannot be written: as before
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context(lock.open("wb")), fcntl.LOCK_EX)
+        yield
 
 
 def _experiment(client: MlflowClient, root: Root, uri: str, name: str) -> str:
@@ -132,6 +154,21 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+@contextmanager
+def rarely_collected() -> Iterator[None]:
+    """Let Python look for garbage seldom while many points are sent.
+
+    MLflow makes thousands of objects a batch, all of which are gone after it; looked through at
+    every 700th, as is usual, they cost a third of the time (``benchmarks/replay.md``).
+    """
+    before = gc.get_threshold()
+    gc.set_threshold(_COLLECT_EVERY, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +16,15 @@ if TYPE_CHECKING:
     from mlflow.entities import DatasetInput
 
 OURS = "tessera."
+NOTE = "mlflow.note.content"
 RUN_ID, SYNCED, LIVE = "tessera.run_id", "tessera.synced", "tessera.live"
+REPLACED = "tessera.replaced"
+"""On a run that sync itself deleted: a spare of two that were made at once, or one made again."""
 PARAM_CHARACTERS = 6000
 TAG_CHARACTERS = 8000
 
+MODEL, ADAPTER = "model/published", "adapter/saved"
+"""The journal's events: the run's model, or an adapter of it, is whole in the root."""
 _FINAL_STATUSES = frozenset({"finished", "budget", "diverged", "failed"})
 
 
@@ -78,11 +83,15 @@ def tags(history: RunHistory, summary: RunSummary) -> dict[str, str]:
             "tessera.usd_per_gb_up": latest.usd_per_gb_up or None,
         }
     for event in history.kept("event"):
-        if event.key == "model/published" and isinstance(event.value, dict):
+        if event.key == MODEL and isinstance(event.value, dict):
             found["tessera.weights_digest"] = event.value.get("weights_digest")
-        if event.key == "adapter/saved" and isinstance(event.value, dict):
+            found["tessera.model"] = _link(history, "model")
+        if event.key == ADAPTER and isinstance(event.value, dict):
             name = event.value.get("name")
             found[f"tessera.adapter.{name}"] = event.value.get("weights_digest")
+            found[f"tessera.adapter.{name}.url"] = _link(history, "adapters", str(name))
+    if (checkpoint := history.run.furthest()) is not None:
+        found["tessera.checkpoint"] = _link(history, checkpoint.folder)
     for tag in history.kept("tag"):
         found[f"tessera.tag.{tag.key}"] = tag.value
     return {
@@ -90,13 +99,9 @@ def tags(history: RunHistory, summary: RunSummary) -> dict[str, str]:
     }
 
 
-def foreign_tags(found: Mapping[str, str]) -> dict[str, str]:
-    """What people wrote on a run: its note, and tags that are neither ours nor MLflow's own."""
-    return {
-        key: value
-        for key, value in found.items()
-        if key == "mlflow.note.content" or not key.startswith((OURS, "mlflow."))
-    }
+def _link(history: RunHistory, *parts: str) -> str:
+    """Where something of the run lies; it stays there."""
+    return f"{history.run.root.url}/{history.run.path(*parts)}"
 
 
 def _live(history: RunHistory, summary: RunSummary) -> str | None:

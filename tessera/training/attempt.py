@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -58,6 +59,7 @@ from tessera.training.program import Program, compiles
 from tessera.training.progress import ProgressLine, dollars
 from tessera.training.replica import Loss, Replica
 from tessera.training.resume import Lost, decide_rollback
+from tessera.training.samples import sampled
 from tessera.training.stability import GoBackError, Range, Skips, Watch
 from tessera.training.workplace import REAL, Instruments, Session
 
@@ -111,7 +113,10 @@ class Trainer:
         try:
             loop = self._loop(attempt, journal, start)
             try:
-                with follow_price(self._price_watch(loop, attempt, journal)):
+                with (
+                    follow_price(self._price_watch(loop, attempt, journal)),
+                    self._sampled(loop, journal),
+                ):
                     loop.run()
             except GoBackError as cause:
                 rollback = self._go_back(loop, attempt, cause)
@@ -162,6 +167,12 @@ class Trainer:
         if ask is None or loop.cost is None:
             return None
         return PriceWatch(ask, attempt, loop.cost, journal, lambda: loop.done, self.line.say)
+
+    def _sampled(self, loop: Loop, journal: Journal) -> AbstractContextManager[None]:
+        """One worker looks at its machine; the others have no journal."""
+        if not self.world.is_main:
+            return nullcontext()
+        return sampled(self.program.device, journal, lambda: loop.done)
 
     def _go_back(self, loop: Loop, attempt: Attempt, cause: GoBackError) -> Rollback:
         """Decide and record where the run continues; ``DivergedError`` if it may not go back."""

@@ -74,6 +74,8 @@ def train(
         again = f"`--run-id {run.id}`" if new or run_id else "the same command"
         try:
             require_payable(prepared.experiment, place, root)
+            if world.is_main:
+                instruments.began(run)
             ending = _train(prepared, root, world, place, stop, again, quiet, instruments)
         finally:
             prepared.program.close()

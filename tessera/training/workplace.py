@@ -22,12 +22,13 @@ class Instruments:
     """What time and money are read from: ``clock`` in seconds from any moment, ``cost_of`` a run.
 
     ``ask_price`` asks the provider what this machine costs now; None where there is nobody to ask.
-    A simulation brings its own.
+    ``began`` is told, once and by one worker, which run this is. A simulation brings its own.
     """
 
     clock: Callable[[], float] = time.monotonic
     cost_of: Callable[[Run, Attempt], RunningCost] = RunningCost
     ask_price: AskPrice | None = None
+    began: Callable[[Run], None] = lambda _: None
 
 
 REAL = Instruments()

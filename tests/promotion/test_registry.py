@@ -364,3 +364,26 @@ def test_a_promotion_of_another_form_is_damage(bench: Bench, change: dict[str, o
     bench.root.publish_json(record.path, asdict(record) | change)
     with pytest.raises(DamagedError, match=r"000001\.json in .* is not a promotion record"):
         read_promotions(bench.root)
+
+
+def test_an_alias_moved_by_hand_is_told_and_moved_back(bench: Bench) -> None:
+    from mlflow import MlflowClient
+
+    voice = bench.with_adapter()
+    bench.interview(voice)
+    promote(bench.root, voice, "ep1", tracking_uri=bench.uri)
+    client = MlflowClient(bench.uri)
+    told: list[str] = []
+    apply_records(bench.root, bench.uri, told)
+    assert told == []
+    client.delete_registered_model_alias("tessera-adapter", "champion")
+    client.set_registered_model_alias("tessera-adapter", "mine", "1")
+    apply_records(bench.root, bench.uri, told)
+    moved, foreign = told
+    assert moved.startswith("Alias champion was moved away in MLflow")
+    assert foreign.startswith("Alias mine (version 1) was given in MLflow")
+    aliases = client.get_registered_model("tessera-adapter").aliases
+    assert {alias: str(version) for alias, version in aliases.items()} == {
+        "champion": "1",
+        "mine": "1",
+    }

@@ -262,13 +262,16 @@ def empty_database() -> Path:
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     """An empty root whose clock is moved by hand; no environment of the machine gets in."""
     clock = Clock()
-    for module in (
+    modules = (
         "runs",
         "tracking.journal",
         "tracking.history",
         "tracking.queries",
+        "tracking.index",
+        "tracking.lineage",
         "tracking.report.reading",
-    ):
+    )
+    for module in modules:
         monkeypatch.setattr(f"tessera.{module}.time", SimpleNamespace(time=clock))
     for name in ("TESSERA_ROOT", "MLFLOW_TRACKING_URI", "TESSERA_MLFLOW_EXPERIMENT"):
         monkeypatch.delenv(name, raising=False)

@@ -21,8 +21,9 @@ from tessera.errors import DamagedError, StoreError
 from tessera.runs import Run, RunRecord
 from tessera.storage import Root
 from tessera.tracking import journal as module
+from tessera.tracking import records
 from tessera.tracking.journal import Journal, adopt
-from tessera.tracking.records import Record, last_record_time, read_journal
+from tessera.tracking.records import Point, Record, last_record_time, quick, read_journal
 
 NEVER = 3600.0
 """Seconds between uploads where a test wants none but its own."""
@@ -355,6 +356,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from test_journal import make_run
 from tessera.tracking import journal as module
+from tessera.tracking import records
 module.SEGMENT_BYTES = 20_000
 journal = module.Journal(make_run(Path(sys.argv[1])), "1-aa", upload_every_s=3600.0)
 for step in itertools.count(1):
@@ -738,3 +740,39 @@ def test_the_time_of_the_last_record(run: Run) -> None:
     assert last_record_time(run, "1-aa") == 100.0
     put(run, line(1, 100.0), line(2, 300.0)[:-3])  # nothing whole in the last segment
     assert last_record_time(run, "1-aa") == 100.0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {}, {"value": "NaN"}, {"value": "-Infinity"}, {"value": -3}, {"value": 1e-300},
+        {"kind": "span", "key": "train", "value": 0.25}, {"kind": "span", "value": "Infinity"},
+        {"key": "naïve/\\"}, {"step": -1}, {"kind": "event", "value": {"a": 1}}, {"kind": "tag",
+        "value": "x"}, {"time": 5}, {"value": 10**30},
+    ],
+)  # fmt: skip
+def test_the_quick_reader_reads_what_the_strict_one_does(change: dict[str, Any]) -> None:
+    line = {"kind": "metric", "key": "train/loss", "value": 2.5, "step": 3, "time": 1.7e9 + 0.25}
+    line |= {"attempt": "1-ab", "seq": 41} | change
+    data = json.dumps(line, separators=(",", ":")).encode()
+    found, strict = quick(data), records._record(data)
+    if isinstance(found, Point):
+        assert strict.kind == "metric"
+        assert repr(found) == repr(
+            Point(strict.key, strict.number, strict.step, strict.time, strict.seq)
+        )
+    else:
+        assert found == strict
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"", b"{}", b'{"kind":"metric"', b"nonsense",
+        b'{"kind":"metric","key":"a","value":1,"step":1,"time":1,"attempt":"1-a","seq":1}x',
+        b'{"kind":"metric","key":"a","value":"NotANumber","step":1,"time":1,"attempt":"a","seq":1}',
+    ],
+)  # fmt: skip
+def test_the_quick_reader_refuses_what_is_no_record(line: bytes) -> None:
+    with pytest.raises(ValueError, match=r".+"):
+        quick(line)

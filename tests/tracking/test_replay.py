@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tessera.errors import InputError, StoreError
-from tessera.tracking import replay
+from tessera.tracking import sending
 from tessera.tracking.history import ALIVE_S
 from tessera.tracking.replay import sync
 from tessera.tracking.server import default_uri, without_password
@@ -114,7 +114,7 @@ def test_a_sync_that_dies_halfway_is_finished_by_the_next(
             raise OSError("connection reset")
         return real(self, *arguments, **named)
 
-    monkeypatch.setattr(replay, "BATCH", 7)
+    monkeypatch.setattr(sending, "BATCH", 7)
     monkeypatch.setattr(MlflowClient, "log_batch", dying)
     with pytest.raises(StoreError, match="connection reset"):
         sync(bench.root, bench.uri)
