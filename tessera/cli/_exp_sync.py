@@ -58,17 +58,18 @@ class Pass:
         return Synced(report, versions, (*report.not_rebuilt, *told))
 
 
-def once(root: str, tracking_uri: str | None, runs: Sequence[str]) -> Sequence[str]:
+def once(root: Root, tracking_uri: str | None, runs: Sequence[str]) -> Sequence[str]:
     """Sync and say what was done; returns sentences about what is damaged."""
     with sync_progress() as progress:
-        done = Pass(open_root(root), tracking_uri, runs)(progress)
+        done = Pass(root, tracking_uri, runs)(progress)
     click.echo(summary(done))
-    for sentence in done.told:
-        click.echo(f"Not rebuilt: {sentence}")
-    report = done.report
-    if report.tracking_uri.startswith("sqlite"):
-        click.echo(f"Look at them: mlflow ui --backend-store-uri {report.tracking_uri}")
-    return report.damaged
+    for sentence in _told(done):
+        click.echo(sentence)
+    return done.report.damaged
+
+
+def _told(done: Synced) -> list[str]:
+    return [*(f"Not rebuilt: {sentence}" for sentence in done.told), *done.report.remarks]
 
 
 def summary(done: Synced) -> str:
@@ -133,7 +134,7 @@ class _Said:
 
     def of(self, done: Synced) -> str | None:
         report = done.report
-        named = [f"Not rebuilt: {s}" for s in done.told] + [f"Error: {s}" for s in report.damaged]
+        named = _told(done) + [f"Error: {sentence}" for sentence in report.damaged]
         fresh = [sentence for sentence in named if sentence not in self._sentences]
         self._sentences = set(named)
         changed = report.points or report.created or report.imported or done.versions

@@ -119,12 +119,18 @@ def sync(
     """
     from tessera.cli import _exp_sync
     from tessera.errors import InputError
+    from tessera.storage import open_root
+    from tessera.tracking.server import default_uri
 
     if until_finished and not (follow and runs):
         raise InputError("--until-finished waits for runs; give --follow and --run RUN with it.")
     if follow:
         return _exp_sync.follow(root, tracking_uri, runs, every_s, until_finished)
-    return tell_damaged(_exp_sync.once(root, tracking_uri, runs))
+    store = open_root(root)
+    damaged = _exp_sync.once(store, tracking_uri, runs)
+    if not (tracking_uri or default_uri(store)).startswith(("http://", "https://")):
+        click.echo(f"Look at them: tessera-exp ui --root {store.url}")
+    return tell_damaged(damaged)
 
 
 @exp.command(

@@ -59,19 +59,10 @@ def ui(root: str, tracking_uri: str | None, port: int | None, no_sync: bool, no_
 
 
 def _sync(store: Root, uri: str) -> None:
-    from tessera.cli._exp_figures import plural
-    from tessera.cli._exp_view import sync_progress
-    from tessera.promotion.registry import apply_records
-    from tessera.tracking.replay import sync as replay
+    from tessera.cli._exp_sync import once
 
-    with sync_progress() as progress:
-        report = replay(store, uri, progress)
-        apply_records(store, uri)
-    click.echo(f"Synced {plural(len(report.runs), 'run')} in {report.seconds:.1f} s.")
-    for sentence in report.damaged:
+    for sentence in once(store, uri, ()):
         click.echo(f"Error: {sentence}", err=True)
-    for remark in report.remarks:
-        click.echo(remark)
 
 
 def _show(base: str, server: Server, *, open_it: bool) -> None:

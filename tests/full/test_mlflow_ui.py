@@ -79,7 +79,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shown]:
             lines.append(line)
             if line.startswith("MLflow: "):
                 break
-        assert lines[0].startswith("Synced 6 runs in "), lines
+        assert lines[0].startswith("Synced 6 runs into "), lines
         at_work = processes()
         yield Shown(process, lines[-1].removeprefix("MLflow: ").strip(), runs)
     finally:
