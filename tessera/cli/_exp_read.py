@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tessera.cli._exp_progress import run_progress
 from tessera.errors import DamagedError
 from tessera.ledger.invoices import FOLDER as BILLS
 from tessera.promotion.records import FOLDER as REGISTRY
@@ -46,11 +47,16 @@ class Everything:
 
 def read_everything(root: Root, *, fresh: bool = False, now: float | None = None) -> Everything:
     """Every run that can be read, oldest first; ``fresh`` trusts nothing that is remembered."""
-    with remembered(root) as memory, _no_collection(), ThreadPoolExecutor(len(_FOLDERS)) as pool:
+    with (
+        remembered(root) as memory,
+        _no_collection(),
+        ThreadPoolExecutor(len(_FOLDERS)) as pool,
+        run_progress("reading") as progress,
+    ):
         # A store answers each of these as slowly as the rest, so they are asked for at once.
         asked = {name: pool.submit(memory.contents, root, name) for name in _FOLDERS}
         bills = asked[BILLS].result()
-        read = read_indexed(root, memory, now=now, fresh=fresh, bills=bills)
+        read = read_indexed(root, memory, now=now, fresh=fresh, bills=bills, progress=progress)
         contents = {name: future.result() for name, future in asked.items()}
         return _together(root, read, contents, now)
 

@@ -14,7 +14,7 @@ from types import FrameType
 import click
 
 from tessera.cli._exp_figures import plural
-from tessera.cli._exp_view import sync_progress
+from tessera.cli._exp_progress import run_progress
 from tessera.errors import InputError, RetryElsewhereError
 from tessera.promotion.registry import apply_records
 from tessera.runs import find_run
@@ -60,7 +60,7 @@ class Pass:
 
 def once(root: Root, tracking_uri: str | None, runs: Sequence[str]) -> Sequence[str]:
     """Sync and say what was done; returns sentences about what is damaged."""
-    with sync_progress() as progress:
+    with run_progress("syncing") as progress:
         done = Pass(root, tracking_uri, runs)(progress)
     click.echo(summary(done))
     for sentence in _told(done):

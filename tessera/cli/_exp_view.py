@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 from tessera.cli._exp_detail import Detail
@@ -26,7 +22,6 @@ from tessera.ledger.traffic import size
 from tessera.tracking.choose import Listed
 from tessera.tracking.queries import TRAFFIC, RunSummary
 
-_LINE_EVERY_S = 5.0
 _LOG_WIDTH = 240  # cut to 80 columns in a log, figures would be lost
 _EVENTS_SHOWN = 20
 STOPPED = "budget/stopped"
@@ -249,27 +244,3 @@ def new_console() -> Console:
     columns = os.environ.get("COLUMNS", "")
     told = columns.isdigit() and int(columns) > 0  # rich reads it where it is given no width
     return Console(width=None if told or sys.stdout.isatty() else _LOG_WIDTH, highlight=False)
-
-
-@contextmanager
-def sync_progress() -> Iterator[Callable[[int, int, str], None]]:
-    """A bar on a terminal; elsewhere a line now and then. On stderr."""
-    if not sys.stderr.isatty():
-        printed = time.monotonic()
-
-        def tell(done: int, total: int, run_id: str) -> None:
-            nonlocal printed
-            if time.monotonic() - printed >= _LINE_EVERY_S:
-                printed = time.monotonic()
-                print(f"syncing {run_id} ({done + 1} of {total})", file=sys.stderr, flush=True)
-
-        yield tell
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with RichProgress(*columns, console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task("syncing", total=None)
-
-        def show(done: int, total: int, run_id: str) -> None:
-            bars.update(task, description=f"syncing {run_id}", completed=done, total=total)
-
-        yield show

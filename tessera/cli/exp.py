@@ -157,7 +157,7 @@ def promote(
 
     A fatal answer, an unanswered safety probe or no interview of these weights refuses (exit 2).
     """
-    from tessera.cli._exp_view import sync_progress
+    from tessera.cli._exp_progress import run_progress
     from tessera.promotion.registry import check
     from tessera.promotion.registry import promote as give
     from tessera.runs import find_run
@@ -167,7 +167,7 @@ def promote(
     store = open_root(root)
     found = find_run(store, run)
     check(found, adapter, alias, override)  # a refusal needs no MLflow and is told at once
-    with sync_progress() as progress:
+    with run_progress("syncing") as progress:
         report = replay(store, tracking_uri, progress, only=[found.id])
         given = give(store, found, adapter, alias, override, tracking_uri)
     before = f" (before: {given.previous})" if given.previous else ""

@@ -16,12 +16,12 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tessera.errors import DamagedError
+from tessera.errors import DamagedError, NotFoundError
 from tessera.ledger.invoices import FOLDER as BILLS
 from tessera.runs import Attempt, CheckpointRef, Ending, Run, RunRecord, Segment, open_run
 from tessera.storage import Root, canonical_json, sha256_bytes
@@ -37,6 +37,8 @@ from tessera.tracking.invoices import parse_invoices
 from tessera.tracking.memory import READERS, Memory, Row
 from tessera.tracking.records import Kind, Record, read_segment, segments
 
+Progress = Callable[[int, int, str], None]
+"""Called with (runs looked at, runs to look at, run id)."""
 OVER_S = 3600.0
 OVER_UNSAID_S = 86_400.0
 LOOK_AGAIN_S = 3600.0
@@ -49,17 +51,28 @@ def read_indexed(
     now: float | None = None,
     fresh: bool = False,
     bills: Mapping[str, bytes] | None = None,
+    progress: Progress | None = None,
 ) -> Histories:
     """``read_histories`` with condensed records; ``fresh`` looks at every run, over or not.
 
-    ``bills`` are the objects of that folder, if they were read already.
+    ``bills`` are the objects of that folder, if they were read already. ``progress`` is called
+    after each run that had to be looked at.
     """
     now = time.time() if now is None else now
     known = {} if fresh else memory.runs()
     names = root.children("runs")
+    found = {name: _of_memory(root, name, known[name], now) for name in names if name in known}
+    rest = [name for name in names if found.get(name) is None]
     with ThreadPoolExecutor(READERS) as pool:
-        read = list(pool.map(lambda name: _look(root, memory, name, known.get(name), now), names))
-    memory.keep_runs((f.row for f in read if f.row), gone=known.keys() - set(names))
+        looks = pool.map(lambda name: _look(root, memory, name, known.get(name), now), rest)
+        for number, (name, look) in enumerate(zip(rest, looks, strict=True), 1):
+            found[name] = look
+            if look.row is not None:  # at once: a look that is interrupted has not been in vain
+                memory.keep_runs([look.row])
+            if progress is not None:
+                progress(number, len(rest), name)
+    memory.keep_runs((), gone=known.keys() - set(names))
+    read = [look or _Found() for look in (found[name] for name in names)]
     invoices = parse_invoices(root, memory.contents(root, BILLS) if bills is None else bills)
     damaged = {name: f.error for name, f in zip(names, read, strict=True) if f.error}
     whole = [f.history for f in read if f.history and not f.error]
@@ -80,13 +93,18 @@ class _Found:
     row: Row | None = None
 
 
+def _of_memory(root: Root, name: str, known: Row, now: float) -> _Found | None:
+    """A run that is over, unless it has to be looked at again."""
+    body = json.loads(known[3])
+    if body["over"] is None or now <= body["over"]:
+        return None
+    place = _place_of(root, name)
+    stands = place == body["place"] if place else 0 <= now - known[2] < LOOK_AGAIN_S
+    return _Found(_unpack(root, body, now)) if stands else None
+
+
 def _look(root: Root, memory: Memory, name: str, known: Row | None, now: float) -> _Found:
     place = _place_of(root, name)
-    if known is not None:
-        body = json.loads(known[3])
-        over = body["over"] is not None and now > body["over"]
-        if over and (place == body["place"] if place else now - known[2] < LOOK_AGAIN_S):
-            return _Found(_unpack(root, body, now))
     stamps = root.stamps(f"runs/{name}")
     if f"runs/{name}/run.json" not in stamps:
         return _Found()  # what a killed process left before it created the run
@@ -96,6 +114,8 @@ def _look(root: Root, memory: Memory, name: str, known: Row | None, now: float) 
         return _Found(_unpack(root, json.loads(known[3]), now), row=row)
     try:
         run = open_run(root, name)
+    except NotFoundError:
+        return _Found()  # deleted since it was listed
     except DamagedError as error:
         return _Found(error=error)
     try:

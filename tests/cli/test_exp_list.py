@@ -22,6 +22,7 @@ def three(bench: Bench) -> dict[str, str]:
     writer = bench.launch(bench.create("dead"), usd_per_hour=None, instance="i-9")
     writer.steps(1, 3)
     writer.kill()
+    bench.clock.now += 500
     return {"good": good.id, "bad": bad.id, "dead": writer.run.id}
 
 
