@@ -19,6 +19,7 @@ from tessera.tracking.report.content import (
     Source,
     Weights,
 )
+from tessera.tracking.report.gather import without_secrets
 
 _SIDECAR = "weights.json"
 _VERDICTS = ("fatal", "no_answer", "fail", "pass")
@@ -52,7 +53,8 @@ def _corpus(root: Root, run: Run) -> Corpus | None:
     try:
         manifest = load_manifest(root, path)
     except (InputError, StoreError) as error:
-        return Corpus(name, fingerprint, path, problem=str(error))
+        told = str(error).replace(root.url, without_secrets(root.url))
+        return Corpus(name, fingerprint, path, problem=told)
     return _told(manifest, path)
 
 

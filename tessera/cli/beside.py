@@ -11,16 +11,18 @@ whatever became of the trainer, it syncs a last time and leaves.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import strftime
 from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from types import TracebackType
+    from types import FrameType, TracebackType
 
     from tessera.runs import Run
     from tessera.storage import Root
@@ -77,12 +79,34 @@ class Beside:
         process, self._process = self._process, None
         if process is None:
             return
-        with suppress(OSError, subprocess.TimeoutExpired):
+        with suppress(OSError, subprocess.TimeoutExpired, _EnoughError), _told_to_go():
             if process.stdin is not None:
                 process.stdin.close()
             process.wait(GRACE_S)
         if process.returncode is None:
             process.returncode = 0  # nobody waits for it any more: no warning that it still runs
+
+
+class _EnoughError(BaseException):
+    """Told to go while waiting."""
+
+
+@contextmanager
+def _told_to_go() -> Iterator[None]:
+    """SIGTERM and Ctrl-C end the wait: the training is over, and its exit code is settled."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def enough(number: int, frame: FrameType | None) -> None:
+        raise _EnoughError
+
+    before = {kind: signal.signal(kind, enough) for kind in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
 
 
 def _start(run: Run, root: Root, log: Path) -> subprocess.Popen[bytes]:

@@ -68,6 +68,24 @@ def json_option(function: F) -> F:
     )
 
 
+class Seconds(click.FloatRange):
+    """A number of seconds (or another unit) that can be waited: finite, at least ``min``."""
+
+    name = "seconds"
+
+    def __init__(self, min: float) -> None:  # noqa: A002 - click's own name
+        super().__init__(min=min, max=1e6)
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Refuses NaN, which lies in every range of click's."""
+        found = float(super().convert(value, param, ctx))
+        if found != found:
+            self.fail(f"{value!r} is no number that can be waited.", param, ctx)
+        return found
+
+
 def print_json(value: Any) -> None:
     """JSON on stdout, readable and in one piece."""
     click.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))

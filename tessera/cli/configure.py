@@ -230,6 +230,7 @@ def validate_one(variable: str, value: str) -> None:
         choose_price,
         choose_traffic_price,
     )
+    from tessera.tracking.server import without_password
 
     if value in ("", _NONE):
         return
@@ -242,7 +243,8 @@ def validate_one(variable: str, value: str) -> None:
         )
     if variable in (_MLFLOW, _ENDPOINT) and not value.startswith(("http://", "https://")):
         raise InputError(
-            f"{variable} is {value!r}; expected a URL that begins with https:// or http://."
+            f"{variable} is {without_password(value)!r}; expected a URL that begins with https:// "
+            "or http://."
         )
     if variable == PRICE_VARIABLE and choose_price(variable=value).usd_per_hour == 0:
         raise InputError(
@@ -271,8 +273,11 @@ def _bucket_of(url: str) -> str | None:
 
 def _warnings(values: Mapping[str, str]) -> list[str]:
     """What works on this machine and will not on a rented one."""
+    from tessera.tracking.server import without_password
+
     return [
-        f"{name} is {values[name]}, which is this machine alone: a rented one does not reach it."
+        f"{name} is {without_password(values[name])}, which is this machine alone: a rented one "
+        "does not reach it."
         for name in (_ENDPOINT, _MLFLOW)
         if (urlsplit(values.get(name, "")).hostname or "") in _HERE
         or (urlsplit(values.get(name, "")).hostname or "").startswith("127.")

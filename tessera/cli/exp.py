@@ -18,6 +18,7 @@ from tessera.cli import (
     exp_ui,
 )
 from tessera.cli.common import (
+    Seconds,
     epilog,
     json_option,
     place_named,
@@ -96,7 +97,7 @@ def show(run: str, root: str, as_json: bool) -> None:
 @click.option(
     "--every",
     "every_s",
-    type=click.FloatRange(0.05, 86_400),
+    type=Seconds(0.05),
     default=30.0,
     show_default=True,
     metavar="S",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tessera.cli.common import epilog, json_option, place_named, print_json, root_option
+from tessera.cli.common import Seconds, epilog, json_option, place_named, print_json, root_option
 from tessera.cli.run_names import RunName
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 @click.option("--watch", is_flag=True, help="Go on looking until Ctrl-C.")
 @click.option(
     "--every",
-    type=click.FloatRange(min=1.0),
+    type=Seconds(1.0),
     default=60.0,
     show_default=True,
     metavar="SECONDS",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tessera.cli.common import (
+    Seconds,
     epilog,
     json_option,
     place_named,
@@ -98,7 +99,7 @@ def filter_options(function: Any) -> Any:
 @click.option("--md", "as_md", is_flag=True, help="Print a Markdown table.")
 @click.option("--watch", is_flag=True, help="Go on until Ctrl-C, on a terminal.")
 @click.option(
-    "--every", type=click.FloatRange(1.0), default=10.0, show_default=True, metavar="S",
+    "--every", type=Seconds(1.0), default=10.0, show_default=True, metavar="S",
     help="Seconds between two looks of --watch.",
 )  # fmt: skip
 def list_(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from tessera.cli.common import epilog, root_option
+from tessera.cli.common import Seconds, epilog, root_option
 
 if TYPE_CHECKING:
     from tessera.storage import Root
@@ -59,7 +59,7 @@ def server() -> None:
     help="Host names by which people reach it, separated by commas; also TESSERA_ALLOWED_HOSTS.",
 )
 @click.option("--restore", is_flag=True, help="Begin with the root's newest backup, if new here.")
-@click.option("--backup-hours", type=click.FloatRange(min=0.01), help="Back up that often.")
+@click.option("--backup-hours", type=Seconds(0.01), help="Back up that often.")
 def up(
     root: str,
     folder: Path,

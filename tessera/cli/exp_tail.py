@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tessera.cli.common import epilog, plain, root_option
+from tessera.cli.common import Seconds, epilog, plain, root_option
 from tessera.cli.run_names import run_argument
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ _ALERTS_AT_START = 3
 )  # fmt: skip
 @click.option("--no-follow", is_flag=True, help="Print these and leave.")
 @click.option(
-    "--every", type=click.FloatRange(min=0.5), default=5.0, show_default=True, metavar="SECONDS",
+    "--every", type=Seconds(0.5), default=5.0, show_default=True, metavar="SECONDS",
     help="Between two looks at the root.",
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object a line.")

@@ -26,6 +26,7 @@ FILE_VARIABLE = "TESSERA_ENV_FILE"
 """Another place for the file; for tests, and for two accounts on one laptop."""
 MARKER = "run-tessera-configure-first"
 _MARKER_TEXT = "Beside this file `tessera configure` wrote env, which the task YAMLs copy.\n"
+_HEAD_HERE = "# Written by `tessera configure`; stays on this machine. Secret."
 _HEAD = "# Written by `tessera configure`; copied to the machines that sky/*.yaml rent. Secret."
 
 
@@ -55,6 +56,8 @@ SETTINGS = (
 )
 _VARIABLES = frozenset(setting.variable for setting in SETTINGS)
 _OF_RENTED_MACHINES = frozenset(name for name in _VARIABLES if name.startswith("TESSERA_USD"))
+_OF_THIS_MACHINE = frozenset({"TESSERA_ALERT_WEBHOOK"})
+"""Kept in a second file, which no task copies: who can read it can post to the channel."""
 _ROOT = "TESSERA_ROOT"
 
 
@@ -69,7 +72,19 @@ def env_file(environ: Mapping[str, str] = os.environ) -> Path:
 
 
 def read_settings(path: Path) -> dict[str, str]:
-    """The file's settings; empty if there is none. ``InputError`` names a line that is none."""
+    """The settings of the file and of its neighbour for this machine; empty if there is none.
+
+    ``InputError`` names a line that is none.
+    """
+    return _read(path) | _read(_beside(path))
+
+
+def _beside(path: Path) -> Path:
+    """The file of what stays on this machine."""
+    return path.with_name(f"{path.name}-here")
+
+
+def _read(path: Path) -> dict[str, str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (FileNotFoundError, NotADirectoryError):
@@ -97,8 +112,8 @@ def read_settings(path: Path) -> dict[str, str]:
 
 
 def write_settings(path: Path, values: Mapping[str, str]) -> None:
-    """Replace the file with ``values``, readable for its owner alone, and the marker beside it."""
-    lines = [_HEAD]
+    """Replace the files with ``values``, readable for their owner alone, and the marker beside."""
+    carried, here = [_HEAD], [_HEAD_HERE]
     for setting in SETTINGS:
         value = values.get(setting.variable, "")
         if not value.isprintable():
@@ -108,11 +123,16 @@ def write_settings(path: Path, values: Mapping[str, str]) -> None:
             )
         if value:
             quoted = value.replace("'", "'\\''")
+            lines = here if setting.variable in _OF_THIS_MACHINE else carried
             lines.append(f"{setting.variable}='{quoted}'")
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         path.parent.chmod(0o700)
-        _replace(path, "\n".join(lines) + "\n")
+        _replace(path, "\n".join(carried) + "\n")
+        if len(here) > 1:
+            _replace(_beside(path), "\n".join(here) + "\n")
+        else:
+            _beside(path).unlink(missing_ok=True)
         _replace(path.with_name(MARKER), _MARKER_TEXT)
     except OSError as error:
         raise InputError(

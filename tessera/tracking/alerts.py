@@ -1,6 +1,6 @@
 """What a person should hear of without looking: derived from a run's records, nothing is kept here.
 
-    died        an attempt stopped without an ending and is not alive; once an attempt
+    died        an attempt stopped without an ending and is not alive; once a silence
     spike       steps were not applied, or the run went back; steps near each other are one
     budget      four fifths of the budget are spent; once for a run and its budget
     finished    the run ended: well, by its budget, diverged, failed; once for each such ending
@@ -107,7 +107,7 @@ def _died(history: RunHistory) -> Iterator[Alert]:
         yield Alert(
             history.run.id,
             "died",
-            a.id,
+            f"{a.id}-{int(item.ended_at)}",  # after a silence it may live on, and die once more
             item.ended_at,
             f"attempt {a.number} ({a.provider}/{a.instance}) died {place}: it was last heard of at "
             f"{_clock(item.ended_at)} and left no ending; {now_on}.",

@@ -37,6 +37,7 @@ _TAG_KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-/ ]{0,99}")
 _RESERVED = ("tessera.", "mlflow.")
 _NAME = re.compile(r"\d{13}-[0-9a-f]{8}\.json")
 _READERS = 8
+_LATER_S = 0.001  # names have milliseconds
 
 
 @with_config(ConfigDict(extra="forbid"))
@@ -100,18 +101,34 @@ def annotate(
 ) -> Annotation:
     """Record one change of the run ``run_id``, which is the caller's to have checked.
 
+    It is dated ``now`` (seconds since the epoch), else by this machine's clock, but after what it
+    replaces.
+
     Raises ``InputError`` for a key or a text that MLflow would not take as it is.
     """
     value = _checked(kind, key, value)
-    at = time.time() if now is None else now
+    at = _after_others(root, run_id, kind, key) if now is None else now
     record = Annotation(run_id, kind, key, value, at, _me(), source, secrets.token_hex(4))
     root.publish_json(record.path, asdict(record))
     return record
 
 
+def _after_others(root: Root, run_id: str, kind: AnnotationKind, key: str) -> float:
+    """Now, or right after the latest of its kind: what is said on a slow clock counts as well."""
+    before = (r.at for r in read_annotations(root, run_id) if (r.kind, r.key) == (kind, key))
+    return max(time.time(), max(before, default=0.0) + _LATER_S)
+
+
 def _checked(kind: AnnotationKind, key: str, value: str | None) -> str | None:
     if kind == "archive":
         return None if value is None else "yes"
+    try:
+        f"{key}{value}".encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"The {kind} is no text that can be kept (it does not encode as UTF-8); write it in "
+            "a terminal whose encoding is UTF-8."
+        ) from error
     most = NOTE_CHARACTERS if kind == "note" else TAG_CHARACTERS
     if value is not None and len(value) > most:
         raise InputError(

@@ -96,7 +96,8 @@ class _Found:
 def _of_memory(root: Root, name: str, known: Row, now: float) -> _Found | None:
     """A run that is over, unless it has to be looked at again."""
     body = json.loads(known[3])
-    if body["over"] is None or now <= body["over"]:
+    # Looked at since it was over: an attempt that nobody heard of may have written until then.
+    if body["over"] is None or known[2] <= body["over"]:
         return None
     place = _place_of(root, name)
     stands = place == body["place"] if place else 0 <= now - known[2] < LOOK_AGAIN_S
@@ -110,8 +111,7 @@ def _look(root: Root, memory: Memory, name: str, known: Row | None, now: float) 
         return _Found()  # what a killed process left before it created the run
     stamp = sha256_bytes(canonical_json(stamps))
     if known is not None and known[1] == stamp:
-        row = (name, stamp, now, known[3]) if not root.is_local else None
-        return _Found(_unpack(root, json.loads(known[3]), now), row=row)
+        return _Found(_unpack(root, json.loads(known[3]), now), row=(name, stamp, now, known[3]))
     try:
         run = open_run(root, name)
     except NotFoundError:

@@ -131,7 +131,9 @@ def forget(root: Root) -> None:
 
 def _path(root: Root) -> Path:
     where = root.url if root.is_local else f"{os.environ.get('AWS_ENDPOINT_URL', '')} {root.url}"
-    return cache_folder() / "index" / f"{sha256_bytes(where.encode())[:24]}.sqlite"
+    # Of another format is another file, so that an older process cannot write into a newer's.
+    name = f"{sha256_bytes(where.encode())[:24]}-{FORMAT}.sqlite"
+    return cache_folder() / "index" / name
 
 
 def _open(path: Path) -> sqlite3.Connection:

@@ -68,9 +68,18 @@ def default_uri(root: Root) -> str:
     return f"sqlite:///{folder / 'mlflow.db'}"
 
 
+def _anchored(uri: str) -> str:
+    """A SQLite file by its whole path: a server that is started elsewhere must mean the same."""
+    path = uri.removeprefix("sqlite:///")
+    if path == uri or path.startswith("/") or path in ("", ":memory:"):
+        return uri
+    return f"sqlite:///{Path(path).absolute()}"
+
+
 def without_password(uri: str) -> str:
     """``uri`` as it may be printed."""
-    return re.sub(r"(://[^/:@]*):[^@/]*@", r"\1:***@", uri)
+    # Greedy: a password may hold "/" and "@", and too much hidden is better than too little.
+    return re.sub(r"(://[^/:@]*):.*@", r"\1:***@", uri)
 
 
 def connect(root: Root, tracking_uri: str | None = None) -> Server:
@@ -79,7 +88,7 @@ def connect(root: Root, tracking_uri: str | None = None) -> Server:
     Raises ``StoreError`` if the server does not answer and ``InputError`` for a URI that MLflow
     cannot use or where MLflow is not installed.
     """
-    uri = tracking_uri or default_uri(root)
+    uri = _anchored(tracking_uri or default_uri(root))
     name = os.environ.get(EXPERIMENT_VARIABLE) or DEFAULT_EXPERIMENT
     for key, value in _SETTINGS.items():
         os.environ.setdefault(key, value)

@@ -92,6 +92,11 @@ def test_variables_are_tried_and_written_and_never_shown(
         ("--usd-per-gb-up", "-1", "expected US dollars for 10^9 bytes"),
         ("--access-key-id", "-", "without access-key-id"),
         (
+            "--mlflow-uri",
+            "postgresql://ada:hunter2@db/x",
+            "MLFLOW_TRACKING_URI is 'postgresql://ada:***@db/x'; expected a URL",
+        ),
+        (
             "--alert-webhook",
             "hooks.chat/not-the-secret",
             "Webhook 1 of TESSERA_ALERT_WEBHOOK is no",

@@ -14,6 +14,7 @@ from pathlib import Path
 import click
 import pytest
 
+from tessera.cli.common import run_command
 from tessera.cli.exp import exp
 from tessera.cli.main import tessera
 
@@ -73,3 +74,16 @@ def test_without_arguments_it_says_what_there_is(program: str) -> None:
     )  # fmt: skip
     assert "Traceback" not in done.stderr
     assert "Commands:" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("seconds", ["nan", "inf", "-1", "1e9", "soon"])
+@pytest.mark.parametrize(
+    "command", [["tail", "x"], ["alerts", "--watch"], ["list", "--watch"], ["sync", "--follow"]]
+)
+def test_what_cannot_be_waited_is_refused(
+    command: list[str], seconds: str, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert run_command(exp, [*command, "--every", seconds, "--root", str(tmp_path)]) == 2
+    err = capfd.readouterr().err
+    assert "Invalid value for '--every'" in err
+    assert "Traceback" not in err

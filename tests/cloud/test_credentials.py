@@ -70,6 +70,19 @@ def written(tmp_path: Path) -> dict[str, str]:
     return {"TESSERA_ENV_FILE": str(tmp_path / "env")}
 
 
+def test_what_stays_here_is_in_no_file_that_a_task_copies(tmp_path: Path) -> None:
+    path, hook = tmp_path / "env", "https://hooks.example/secret"
+    values = {**VALUES, "TESSERA_ALERT_WEBHOOK": hook}
+    write_settings(path, values)
+    assert read_settings(path) == values
+    assert hook not in path.read_text()
+    beside = tmp_path / "env-here"
+    assert hook in beside.read_text()
+    assert beside.stat().st_mode & 0o777 == 0o600
+    write_settings(path, VALUES)
+    assert not beside.exists()
+
+
 @pytest.mark.parametrize("arguments", [[], ["list"], ["--root"]])
 def test_it_is_the_default_of_what_is_not_set(
     written: dict[str, str], arguments: list[str]

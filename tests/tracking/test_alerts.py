@@ -78,7 +78,8 @@ def test_a_killed_attempt_died_once(bench: Bench) -> None:
     assert derived(bench, run) == (), "it may still be alive"
     bench.clock.now += 91
     (died,) = derived(bench, run)
-    assert (died.kind, died.key, died.step) == ("died", writer.attempt.id, 12)
+    assert (died.kind, died.step, died.attempt) == ("died", 12, writer.attempt.id)
+    assert died.key.startswith(f"{writer.attempt.id}-")
     assert died.at == pytest.approx(bench.clock() - 91)
     assert "attempt 1 (vast/i-1) died at step 12" in died.text
     assert died.text.endswith("no other attempt has begun.")
@@ -89,6 +90,23 @@ def test_a_killed_attempt_died_once(bench: Bench) -> None:
     assert again.id == died.id
     assert again.text.endswith("a later attempt went on.")
     second.kill()
+
+
+def test_an_attempt_that_was_silent_and_lived_on_can_die_once_more(bench: Bench) -> None:
+    run = bench.create()
+    writer = bench.launch(run)
+    writer.steps(1, 5)
+    writer.journal.flush()
+    bench.clock.now += 200
+    (silent,) = derived(bench, run)
+    bench.clock.now += 300
+    assert [alert.id for alert in derived(bench, run)] == [silent.id]
+    writer.steps(6, 9)
+    writer.kill()
+    bench.clock.now += 200
+    (dead,) = derived(bench, run)
+    assert dead.kind == silent.kind == "died"
+    assert dead.id != silent.id
 
 
 @pytest.mark.parametrize("outcome", [PREEMPTED, "SUPERSEDED", "ROLLED_BACK"])

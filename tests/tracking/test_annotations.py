@@ -40,6 +40,17 @@ def test_the_latest_note_tag_and_archive_mark_count(root: Root) -> None:
     ]  # fmt: skip
 
 
+def test_a_slow_clock_does_not_undo_what_is_said(
+    root: Root, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    annotate(root, "a-1", "note", "early", now=1300.0)
+    annotate(root, "a-1", "archive", "yes", now=1300.0)
+    monkeypatch.setattr("tessera.tracking.annotations.time.time", lambda: 1000.0)
+    annotate(root, "a-1", "note", "late")
+    annotate(root, "a-1", "archive", None)
+    assert read_all_annotations(root)["a-1"] == Annotated("late", {}, False)
+
+
 def test_an_empty_note_and_a_tag_without_a_value_take_it_back(root: Root) -> None:
     annotate(root, "a-1", "note", "words", now=1.0)
     annotate(root, "a-1", "note", " ", now=2.0)
@@ -69,6 +80,7 @@ def test_the_order_in_which_records_are_read_does_not_matter(order: list[int]) -
         ("", "v", "should be 1 to 100 letters"),
         ("tessera.kind", "v", "begins as those"),
         ("mlflow.note.content", "v", "begins as those"),
+        ("k", "\udcff", "is no text that can be kept"),
         ("k", "v" * 5001, "has 5,001 characters and may have 5,000"),
     ],
 )

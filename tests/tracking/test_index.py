@@ -194,6 +194,22 @@ def test_of_a_run_that_trains_only_the_open_segment_is_read(
     expect_same(bench, memory)
 
 
+def test_an_attempt_that_went_on_unseen_is_in_the_figures(bench: Bench, memory: Memory) -> None:
+    run = bench.create("twice", steps=40)
+    lonely = bench.launch(run, instance="i-1")
+    lonely.steps(1, 10)
+    lonely.journal.flush()
+    other = bench.launch(run, instance="i-2")
+    other.steps(1, 40)
+    other.checkpoint(40)
+    other.end("FINISHED", 40)
+    summarise_whole(bench.root, now=bench.clock.now, memory=memory)
+    lonely.steps(11, 2000)  # nobody told it
+    lonely.kill()
+    bench.clock.now += 2 * DAY
+    expect_same(bench, memory)
+
+
 @pytest.mark.parametrize("harm", ["garbage", "version", "read-only"])
 def test_a_memory_that_cannot_be_used_costs_time_alone(
     bench: Bench, harm: str, monkeypatch: pytest.MonkeyPatch

@@ -11,7 +11,7 @@ from tessera.errors import InputError, StoreError
 from tessera.tracking import sending
 from tessera.tracking.history import ALIVE_S
 from tessera.tracking.replay import sync
-from tessera.tracking.server import default_uri, without_password
+from tessera.tracking.server import connect, default_uri, without_password
 
 if TYPE_CHECKING:
     from tessera.runs import Run
@@ -327,6 +327,16 @@ def test_where_mlflow_lives_by_default(bench: Bench, monkeypatch: pytest.MonkeyP
 def test_passwords_are_not_printed() -> None:
     assert without_password("postgresql://ada:pw@db/x") == "postgresql://ada:***@db/x"
     assert without_password("http://db:5000/x") == "http://db:5000/x"
+    for password in ("pa/ss+w0rd=", "p@ss", "a:b"):
+        assert without_password(f"postgresql://ada:{password}@db/x") == "postgresql://ada:***@db/x"
+
+
+def test_a_relative_database_is_the_one_beside_the_user(bench: Bench) -> None:
+    bench.finished()
+    bench.database("mlflow")  # its schema, copied: making it takes seconds
+    (bench.folder / "mlflow" / "mlflow.db").rename(bench.folder / "mine.db")
+    server = connect(bench.root, "sqlite:///mine.db")
+    assert server.uri == f"sqlite:///{bench.folder / 'mine.db'}"
 
 
 def test_nothing_is_printed(bench: Bench, capfd: pytest.CaptureFixture[str]) -> None:

@@ -127,3 +127,24 @@ def test_without_the_variable_nothing_is_started_or_said(
     monkeypatch.delenv(beside.URI_VARIABLE, raising=False)
     done = bench.command(capfd)
     assert "MLflow" not in done.err
+
+
+def test_told_to_go_while_it_waits_ends_the_wait_and_nothing_else(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The exit code is settled by then: a finished run must not leave with 75."""
+    import threading
+
+    monkeypatch.setattr(beside, "GRACE_S", 60.0)
+    follower = beside.Beside(bench.root)
+    with subprocess.Popen(["sleep", "60"], stdin=subprocess.PIPE) as process:
+        follower._process = process
+        before = signal.getsignal(signal.SIGTERM)
+        timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM))
+        timer.start()
+        began = time.monotonic()
+        follower.__exit__(None, None, None)
+        assert time.monotonic() - began < 50
+        assert signal.getsignal(signal.SIGTERM) is before
+        timer.join()
+        process.kill()
