@@ -195,6 +195,26 @@ def test_changed_on_both_sides_the_root_counts_and_nothing_is_lost(desk: Desk) -
     assert desk.sync().not_rebuilt == ()
 
 
+def test_taken_away_in_the_root_and_changed_in_mlflow_the_root_counts(desk: Desk) -> None:
+    desk.say("note", "first")
+    desk.say("tag", "good", "verdict")
+    desk.sync()
+    desk.say("note", None)
+    desk.say("tag", None, "verdict")
+    desk.client.set_tag(desk.id, NOTE, "theirs")
+    desk.client.set_tag(desk.id, "verdict", "better")
+    told = desk.sync().not_rebuilt
+    assert len(told) == 2
+    assert all("changed in MLflow and in the root" in sentence for sentence in told)
+    assert not {NOTE, "verdict"} & desk.mlflow().data.tags.keys()
+    assert desk.annotated() == Annotated()
+    records = read_annotations(desk.bench.root, desk.run.id)
+    assert [r.value for r in records if r.kind == "note"] == ["first", "theirs", None]
+    assert [r.value for r in records if r.kind == "tag"] == ["good", "better", None]
+    report = desk.sync()
+    assert (report.imported, report.not_rebuilt) == (0, ())
+
+
 @pytest.mark.parametrize(
     ("key", "value", "told"),
     [
