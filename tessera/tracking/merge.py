@@ -188,6 +188,21 @@ def base_of(run: MlflowRun) -> dict[str, str]:
     return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
 
 
+def base_after(shown: Shown, merged: Merged, base: Mapping[str, str]) -> dict[str, str]:
+    """The base for merging once more, when MLflow showed ``shown`` to the merge before.
+
+    What that merge could make no record of counts as changed since ``base`` still.
+    """
+    items = _items(shown.note, shown.tags, shown.archived)
+    found = {digest_of(item): sha256_bytes(value.encode())[:8] for item, value in items.items()}
+    for key in merged.foreign:
+        name = digest_of(("note", "") if key == NOTE else ("tag", key))
+        found.pop(name, None)
+        if name in base:
+            found[name] = base[name]
+    return found
+
+
 def base_text(state: Annotated) -> str | None:
     """The tag's value for what MLflow shows of ``state`` now; None if that is nothing.
 
