@@ -123,9 +123,10 @@ def merge(
         mine, there, before = ours.get(item), theirs.get(item), base.get(digest_of(item))
         if mine == there or _digest(there) == before:
             continue
-        both = _digest(mine) != before
+        # A removal of the root's is a change too; one without any record is nobody's.
+        both = _digest(mine) != before and any((r.kind, r.key) == item for r in records)
         try:
-            at = _dated(records, item, before=both and mine is not None)
+            at = _dated(records, item, before=both)
             kind, key = item
             record = annotate(root, run_id, kind, there, key=key, source="mlflow", now=at)
             imported.append(record)
@@ -134,7 +135,7 @@ def merge(
             if there is not None:
                 foreign[item[1] if item[0] == "tag" else NOTE] = there
             continue
-        if both and mine is not None:
+        if both:
             told.append(
                 f"Run {run_id}: {_what(item)} was changed in MLflow and in the root since the last "
                 "sync; the root's counts, MLflow's is kept as an earlier record."
@@ -185,6 +186,21 @@ def base_of(run: MlflowRun) -> dict[str, str]:
     except ValueError:
         return {}
     return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
+
+
+def base_after(shown: Shown, merged: Merged, base: Mapping[str, str]) -> dict[str, str]:
+    """The base for merging once more, when MLflow showed ``shown`` to the merge before.
+
+    What that merge could make no record of counts as changed since ``base`` still.
+    """
+    items = _items(shown.note, shown.tags, shown.archived)
+    found = {digest_of(item): sha256_bytes(value.encode())[:8] for item, value in items.items()}
+    for key in merged.foreign:
+        name = digest_of(("note", "") if key == NOTE else ("tag", key))
+        found.pop(name, None)
+        if name in base:
+            found[name] = base[name]
+    return found
 
 
 def base_text(state: Annotated) -> str | None:

@@ -123,6 +123,13 @@ def read_segments(
             yield lines(twins, twins is found[-1])
 
 
+def segment_lines(
+    run: Run, twins: Sequence[str], last: int, parse: Callable[[bytes], Line], *, newest: bool
+) -> Iterator[Line]:
+    """``read_segment`` line by line, as ``read_segments`` gives them."""
+    return _lines(run, twins, last, parse, newest=newest)
+
+
 def read_segment(run: Run, twins: Sequence[str], last: int, *, newest: bool) -> list[Record]:
     """The records of one segment beyond record ``last``; ``read_journal`` says what is damage."""
     return list(_lines(run, twins, last, _record, newest=newest))

@@ -10,8 +10,9 @@ that was final changed, the MLflow run is replaced by a new one.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from tessera.runs import Segment
@@ -30,6 +31,7 @@ from tessera.tracking.merge import (
     BASE,
     Merged,
     Shown,
+    base_after,
     base_of,
     base_text,
     merge,
@@ -51,7 +53,7 @@ from tessera.tracking.view import (
 )
 
 if TYPE_CHECKING:
-    from mlflow.entities import Metric
+    from mlflow.entities import DatasetInput, Metric
     from mlflow.entities import Run as MlflowRun
 
 BATCH = 1000  # MLflow's own limits for log_batch: metrics, then params and tags
@@ -83,6 +85,15 @@ class RunSync:
     told: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class _Look:
+    """What MLflow shows of a run at one moment; ``noted``: a sync restored it for a moment."""
+
+    run: MlflowRun
+    shown: Shown
+    noted: bool
+
+
 class Sending:
     """One run on its way into MLflow."""
 
@@ -104,6 +115,8 @@ class Sending:
         self._finals = finals(summary)
         self.interview = self._texts.get(INTERVIEW)
         self._run_id = ""
+        self._imported = 0
+        self._told: dict[str, None] = {}  # in order, each once
 
     def sync(self, known: list[MlflowRun], restored: set[str]) -> RunSync:
         """Bring MLflow up to the root.
@@ -136,48 +149,75 @@ class Sending:
             replace_run(self._server, spare)
         run = known[0] if known else None
         self._run_id = run.info.run_id if run is not None else ""
-        merged, told = self._merge(run, restored)
-        state = state_of(run)
-        rebuilt = run is not None and bool(state) and not self._continues(state)
-        if run is not None and (rebuilt or REPLACED in run.data.tags):
-            replace_run(self._server, run)
-            known, run, state = [run], None, {}
-        created = run is None
-        if run is None:
-            run = self._create(merged)
-            mine = run.info.run_id
+        look, merged = None, self._merge(Shown(), {}) if run is None else None
+        if run is not None:
+            look = self._look(run, noted=self._run_id in restored)
+            merged = self._merge(look.shown, base_of(look.run))
+        state = state_of(None if look is None else look.run)
+        rebuilt = look is not None and bool(state) and not self._continues(state)
+        if look is not None and (rebuilt or REPLACED in look.run.data.tags):
+            look, merged = self._look_again(look, merged)
+            replace_run(self._server, look.run)
+            look, state = None, {}
+        created = look is None
+        if look is None:
+            mine = self._create(merged).info.run_id
             # Somebody may have created it at the same moment.
             found = known_runs(self._server, self._history.run.id)[self._history.run.id]
             run = found[0]
             for spare in found[1:]:
                 replace_run(self._server, spare)
-            if run.info.run_id != mine:
+            self._run_id = run.info.run_id
+            if self._run_id != mine:
                 created, state = False, state_of(run)
                 rebuilt = False
-        self._run_id = run.info.run_id
-        points = self._write(run, state, merged, noted=self._run_id in restored)
-        imported = 0 if merged is None else len(merged.imported)
+            look = self._look(run, noted=False)
+            merged = self._merge(look.shown, base_of(look.run))
+        points = self._write(look, state, merged)
         return RunSync(
             self._history.run.id, self._run_id, created and not rebuilt, rebuilt, points,
-            imported, told,
+            self._imported, tuple(self._told),
         )  # fmt: skip
 
-    def _merge(
-        self, run: MlflowRun | None, restored: set[str]
-    ) -> tuple[Merged | None, tuple[str, ...]]:
+    # -- what people did to it ---------------------------------------------------------------------
+
+    def _look(self, run: MlflowRun, *, noted: bool) -> _Look:
+        """What ``run`` shows; ``noted`` is whether it was to be deleted again when it was read."""
+        if not is_deleted(run) and not noted and "archive" in base_of(run):
+            # Somebody restored it, or a sync did that was at work when it was read and is done by
+            # now: then it is deleted again, and that before its mark goes.
+            noted = self._run_id in restored_runs(self._server)
+            run = self._get()
+        # With the mark and not deleted: a sync died, or is at work, before it deleted it again.
+        archived = is_deleted(run) or (noted and "archive" in base_of(run))
+        return _Look(run, Shown.of(run, archived=archived), noted)
+
+    def _get(self) -> MlflowRun:
+        """The run as it is now; one that another sync replaced is no longer to be written to."""
+        from mlflow.exceptions import MlflowException
+
+        run = self._client.get_run(self._run_id)
+        if is_deleted(run) and REPLACED in run.data.tags:
+            raise MlflowException(f"Run {self._run_id} was replaced by another sync.")
+        return run
+
+    def _merge(self, shown: Shown, base: Mapping[str, str]) -> Merged | None:
         """What counts of notes, tags and archive marks; None where a record cannot be read."""
         if self._annotations is None:
-            return None, ()
-        run_id, root = self._history.run.id, self._history.run.root
-        if run is None:
-            return merge(root, run_id, {}, Shown(), self._annotations), ()
-        base = base_of(run)
-        archived = is_deleted(run)
-        if not archived and run.info.run_id in restored:
-            archived = "archive" in base  # a sync died before it deleted it again
-        merged = merge(root, run_id, base, Shown.of(run, archived=archived), self._annotations)
-        name = renamed(run_id, run)
-        return merged, merged.told if name is None else (*merged.told, name)
+            return None
+        run = self._history.run
+        merged = merge(run.root, run.id, base, shown, self._annotations)
+        self._annotations = [*self._annotations, *merged.imported]
+        self._imported += len(merged.imported)
+        self._told |= dict.fromkeys(merged.told)
+        return merged
+
+    def _look_again(self, look: _Look, merged: Merged | None) -> tuple[_Look, Merged | None]:
+        """Right before something is written over: what was typed since ``look`` counts too."""
+        now = self._look(self._get(), noted=look.noted)
+        if merged is not None and now.shown != look.shown:
+            merged = self._merge(now.shown, base_after(look.shown, merged, base_of(look.run)))
+        return now, merged
 
     # -- what is there and what should be ----------------------------------------------------------
 
@@ -207,7 +247,8 @@ class Sending:
     def _create(self, merged: Merged | None) -> MlflowRun:
         name = self._history.run.id
         kept = {} if merged is None else {**merged.foreign, **note_and_tags(merged.state)}
-        base = None if merged is None else base_text(merged.state)
+        # It is not archived until it is deleted: else it would look like one that was restored.
+        base = None if merged is None else base_text(replace(merged.state, archived=False))
         return self._client.create_run(
             self._server.experiment_id,
             # Not of the first attempt: a run may be synced before it has one, and this stays.
@@ -218,28 +259,30 @@ class Sending:
 
     # -- writing -----------------------------------------------------------------------------------
 
-    def _write(
-        self, run: MlflowRun, state: dict[str, Any], merged: Merged | None, *, noted: bool
-    ) -> int:
+    def _write(self, look: _Look, state: dict[str, Any], merged: Merged | None) -> int:
         """Everything that MLflow lacks; returns how many points were new.
 
         A deleted run takes nothing, so it is restored for that and deleted again; an experiment's
         tag says so meanwhile, or else it would look like somebody's who wanted it back.
         """
+        mark = self._mark()
+        unlike = merged is not None and is_deleted(look.run) != merged.state.archived
+        if unlike or state != mark or self._lacks(look.run, merged):
+            look, merged = self._look_again(look, merged)
+        run, noted = look.run, look.noted
+        if merged is not None and (name := renamed(self._history.run.id, run)) is not None:
+            self._told[name] = None
         set_, gone = self._changed_texts(run, merged)
         deleted = is_deleted(run)
         archive = deleted if merged is None else merged.state.archived
         new_params = self._new_params(run)
-        dataset = None
-        if run.inputs is None or not run.inputs.dataset_inputs:
-            dataset = dataset_input(self._history)
-        mark = self._mark()
-        busy = bool(set_ or gone or new_params or dataset or state != mark) or self._ends(run)
+        dataset = self._new_dataset(run)
+        busy = state != mark or self._lacks(run, merged)
         if deleted and archive and not busy:
             if noted:
                 note_restored(self._server, self._run_id, False)
             return 0
-        if archive and not noted:
+        if archive:  # noted or not: who noted it may have taken that back meanwhile
             note_restored(self._server, self._run_id, True)
         if deleted:
             self._client.restore_run(self._run_id)
@@ -275,6 +318,19 @@ class Sending:
 
         gone = [key for key in has if is_gone(key)]
         return {key: value for key, value in wanted.items() if has.get(key) != value}, gone
+
+    def _lacks(self, run: MlflowRun, merged: Merged | None) -> bool:
+        """Whether there is more to write than points."""
+        texts = any(self._changed_texts(run, merged)) or self._new_params(run)
+        return bool(texts) or self._ends(run) or self._new_dataset(run) is not None
+
+    def _new_dataset(self, run: MlflowRun) -> DatasetInput | None:
+        there = run.inputs is not None and run.inputs.dataset_inputs
+        return None if there else self._dataset
+
+    @cached_property
+    def _dataset(self) -> DatasetInput | None:
+        return dataset_input(self._history)
 
     def _new_params(self, run: MlflowRun) -> dict[str, str]:
         has = run.data.params

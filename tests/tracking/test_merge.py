@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tessera.tracking import sending
+from tessera.tracking import replay, sending
 from tessera.tracking.annotations import Annotated, annotate, read_annotations
 from tessera.tracking.known import known_runs, note_restored, restored_runs
+from tessera.tracking.merge import merge
 from tessera.tracking.replay import SyncReport, sync
 from tessera.tracking.server import connect
 
@@ -134,6 +135,45 @@ def test_a_sync_that_dies_with_an_archived_run_restored_does_not_unarchive_it(de
     assert restored_runs(connect(desk.bench.root, desk.bench.uri)) == set()
 
 
+def test_a_sync_that_ends_while_another_looks_does_not_unarchive(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk.say("archive", "yes")
+    desk.sync()
+    server, run_id = connect(desk.bench.root, desk.bench.uri), desk.id
+    note_restored(server, run_id, True)  # one sync is writing to it
+    desk.client.restore_run(run_id)
+
+    def ends_first(there: Any) -> set[str]:
+        if restored_runs(server):
+            desk.client.delete_run(run_id)
+            note_restored(server, run_id, False)
+        return restored_runs(there)
+
+    monkeypatch.setattr(replay, "restored_runs", ends_first)
+    assert desk.sync().imported == 0
+    assert desk.annotated().archived
+    assert desk.mlflow().info.lifecycle_stage == "deleted"
+
+
+def test_a_kill_when_an_archived_run_was_just_created_changes_no_record(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = bench.finished()
+    annotate(bench.root, run.id, "archive", "yes")
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sending.Sending, "_write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            sync(bench.root, bench.uri)
+    assert sync(bench.root, bench.uri).imported == 0
+    (found,) = known_runs(connect(bench.root, bench.uri))[run.id]
+    assert found.info.lifecycle_stage == "deleted"
+
+
 def test_a_kill_at_any_call_of_an_archiving_changes_no_record(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,6 +233,82 @@ def test_changed_on_both_sides_the_root_counts_and_nothing_is_lost(desk: Desk) -
     notes = [r.value for r in read_annotations(desk.bench.root, desk.run.id)]
     assert notes == ["first", "theirs", "ours"]
     assert desk.sync().not_rebuilt == ()
+
+
+def test_taken_away_in_the_root_and_changed_in_mlflow_the_root_counts(desk: Desk) -> None:
+    desk.say("note", "first")
+    desk.say("tag", "good", "verdict")
+    desk.sync()
+    desk.say("note", None)
+    desk.say("tag", None, "verdict")
+    desk.client.set_tag(desk.id, NOTE, "theirs")
+    desk.client.set_tag(desk.id, "verdict", "better")
+    told = desk.sync().not_rebuilt
+    assert len(told) == 2
+    assert all("changed in MLflow and in the root" in sentence for sentence in told)
+    assert not {NOTE, "verdict"} & desk.mlflow().data.tags.keys()
+    assert desk.annotated() == Annotated()
+    records = read_annotations(desk.bench.root, desk.run.id)
+    assert [r.value for r in records if r.kind == "note"] == ["first", "theirs", None]
+    assert [r.value for r in records if r.kind == "tag"] == ["good", "better", None]
+    report = desk.sync()
+    assert (report.imported, report.not_rebuilt) == (0, ())
+
+
+def test_what_is_typed_after_the_sync_looked_is_not_lost(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``known_runs`` is asked once for all runs, minutes before the last of them is written."""
+    desk.say("note", "first")
+    desk.say("tag", "good", "verdict")
+    desk.sync()
+    desk.say("note", "ours")
+    run_id = desk.id
+
+    def typed(there: Any) -> set[str]:
+        desk.client.set_tag(run_id, NOTE, "theirs")
+        desk.client.set_tag(run_id, "verdict", "better")
+        return restored_runs(there)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(replay, "restored_runs", typed)
+        (told,) = desk.sync().not_rebuilt
+    assert "changed in MLflow and in the root" in told
+    records = read_annotations(desk.bench.root, desk.run.id)
+    assert [r.value for r in records if r.kind == "note"] == ["first", "theirs", "ours"]
+    assert desk.annotated() == Annotated("ours", {"verdict": "better"})
+    tags = desk.mlflow().data.tags
+    assert (tags[NOTE], tags["verdict"]) == ("ours", "better")
+    report = desk.sync()
+    assert (report.imported, report.not_rebuilt) == (0, ())
+
+
+def test_what_is_typed_while_the_sync_merges_is_merged_too(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk.client.set_tag(desk.id, NOTE, "one")
+    desk.client.set_tag(desk.id, "a:b", "odd")
+    run_id, real, merges = desk.id, merge, 0
+
+    def merging(*arguments: Any) -> Any:
+        nonlocal merges
+        merges += 1
+        merged = real(*arguments)
+        if merges == 1:
+            desk.client.set_tag(run_id, NOTE, "two")
+            desk.client.set_tag(run_id, "mood", "bright")
+        return merged
+
+    monkeypatch.setattr(sending, "merge", merging)
+    report = desk.sync()
+    assert (merges, report.imported) == (2, 3)
+    (told,) = report.not_rebuilt  # of the tag that no record takes, once
+    assert "tag 'a:b' of MLflow is in no record" in told
+    records = read_annotations(desk.bench.root, desk.run.id)
+    assert [r.value for r in records if r.kind == "note"] == ["one", "two"]
+    assert desk.annotated() == Annotated("two", {"mood": "bright"})
+    tags = desk.mlflow().data.tags
+    assert (tags[NOTE], tags["mood"], tags["a:b"]) == ("two", "bright", "odd")
 
 
 @pytest.mark.parametrize(
