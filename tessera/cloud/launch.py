@@ -21,6 +21,7 @@ from typing import Any
 from tessera.cloud.cards import Card
 from tessera.cloud.credentials import env_file, read_settings
 from tessera.cloud.give_back import AFTER_FAILURE, GivenBack, Sleep, give_back, stop_command
+from tessera.cloud.interrupts import heard_interrupt
 from tessera.cloud.offers import Offer
 from tessera.cloud.plan import Line
 from tessera.cloud.rent import CANCELLED, NOT_FINISHED, SUCCEEDED, Followed, Renter
@@ -227,7 +228,9 @@ def launch(
     task = order.task()
     record = _Record(root, order)
     try:
-        job = renter.start(task, order.name, order.managed)
+        with heard_interrupt() as require_silence:
+            job = renter.start(task, order.name, order.managed)
+            require_silence()
     except InputError as error:
         record.end("refused", first_line(error), None)
         raise

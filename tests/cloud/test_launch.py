@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -270,6 +271,25 @@ def test_ctrl_c_while_it_starts_gives_the_machine_back(vast: PretendVast, root: 
     said: list[str] = []
     renter = Pretend(vast, fails_after_renting=KeyboardInterrupt())
     assert launch(order(), root, renter, said.append, sleep=at_once) == 130
+    assert vast.instances == {}
+    assert said[-1] == "Stopped before it ran; nothing of it is left that bills."
+
+
+def test_a_ctrl_c_that_a_library_swallows_gives_the_machine_back_too(
+    vast: PretendVast, root: Root, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renter, said = Pretend(vast), list[str]()
+    start = renter.start
+
+    def swallowing(*arguments: Any) -> int | None:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        return start(*arguments)
+
+    monkeypatch.setattr(renter, "start", swallowing)
+    before = signal.getsignal(signal.SIGINT)
+    assert launch(order(), root, renter, said.append, sleep=at_once) == 130
+    assert signal.getsignal(signal.SIGINT) is before
     assert vast.instances == {}
     assert said[-1] == "Stopped before it ran; nothing of it is left that bills."
 
