@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+import signal
+import threading
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tessera.errors import TesseraError
@@ -18,6 +21,7 @@ from tessera.tracking.replay import sync
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerProcess
+    from multiprocessing.sharedctypes import Synchronized
     from multiprocessing.synchronize import Barrier
 
 LARGEST = 1.7976931348623157e308
@@ -99,11 +103,54 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.full.replaying_preload"])
 
 
+@dataclass(frozen=True)
+class Death:
+    """When a replayer is killed with 9: ``seconds`` after its batch number ``batch`` begins.
+
+    Batch 0 begins with the sync. A moment of the work and not of the clock: how far a process gets
+    in a second depends on what else the machine does.
+    """
+
+    batch: int
+    seconds: float
+
+
+def _count_batches(count: Synchronized[int] | None, death: Death | None) -> None:
+    from mlflow import MlflowClient
+
+    real, begun = MlflowClient.log_batch, 0
+
+    def kill() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def look() -> None:
+        if death is not None and begun == death.batch:
+            threading.Timer(death.seconds, kill).start()
+
+    def log_batch(*arguments: Any, **named: Any) -> Any:
+        nonlocal begun
+        begun += 1
+        if count is not None:
+            count.value = begun
+        look()
+        return real(*arguments, **named)
+
+    MlflowClient.log_batch = log_batch  # type: ignore[method-assign]
+    look()
+
+
 def replay(
-    root: str, uri: str, batch: int, barrier: Barrier | None, only: Sequence[str] | None
+    root: str,
+    uri: str,
+    batch: int,
+    barrier: Barrier | None,
+    only: Sequence[str] | None,
+    count: Synchronized[int] | None,
+    death: Death | None,
 ) -> None:
     """One sync; the process's code says how it went."""
     sending.BATCH = batch
+    _count_batches(count, death)
     if barrier is not None:
         barrier.wait()
     try:
@@ -115,12 +162,28 @@ def replay(
 
 
 def start(
-    root: Root, uri: str, *, batch: int = 20, barrier: Any = None, only: Sequence[str] | None = None
+    root: Root,
+    uri: str,
+    *,
+    batch: int = 20,
+    barrier: Any = None,
+    only: Sequence[str] | None = None,
+    count: Synchronized[int] | None = None,
+    death: Death | None = None,
 ) -> ForkServerProcess:
-    """A replayer in a process of its own, MLflow already imported; small batches: more moments."""
-    process = _CONTEXT.Process(target=replay, args=(root.url, uri, batch, barrier, only))
+    """A replayer in a process of its own, MLflow already imported; small batches: more moments.
+
+    ``count`` is told how many batches it began.
+    """
+    arguments = (root.url, uri, batch, barrier, only, count, death)
+    process = _CONTEXT.Process(target=replay, args=arguments)
     process.start()
     return process
+
+
+def counter() -> Synchronized[int]:
+    """A number that a replayer can write."""
+    return _CONTEXT.Value("i", 0)
 
 
 def barrier(parties: int) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -26,7 +27,9 @@ from tessera.tracking.records import segment_path
 from tessera.tracking.replay import sync
 from tests.full.replaying import (
     FAILED_CODE,
+    Death,
     barrier,
+    counter,
     require_exact,
     require_nothing_extra,
     start,
@@ -130,25 +133,24 @@ def until_synced(bench: Bench, uri: str, *, tries: int = 300) -> int:
 
 
 def test_killed_with_9_at_random_moments(filled: Bench, new_database: NewDatabase) -> None:
-    usual = 0.0
-    for _ in range(2):  # the first time, the server that forks them starts too
-        uri, began = new_database(), time.monotonic()
-        whole = start(filled.root, uri)
-        whole.join(120)
-        assert whole.exitcode == 0
-        usual = time.monotonic() - began
-        require_exact(filled.root, uri)
+    uri, count = new_database(), counter()
+    whole = start(filled.root, uri, count=count)
+    whole.join(120)
+    assert whole.exitcode == 0
+    require_exact(filled.root, uri)
+    batches = count.value
+    assert batches > KILLS_A_ROUND
     in_the_middle = 0
     for number in range(KILLS // KILLS_A_ROUND):
         seed = 20261201 + number
         chance, uri = random.Random(seed), new_database()
-        print(f"seed {seed}, {usual:.2f} s undisturbed")
+        print(f"seed {seed}, {batches} batches undisturbed")
         for _ in range(KILLS_A_ROUND):
-            process = start(filled.root, uri)
-            process.join(chance.uniform(0.1, 1.0) * usual)
-            in_the_middle += process.is_alive()
-            process.kill()
-            process.join()
+            death = Death(chance.randint(0, batches // 2), chance.uniform(0.0, 0.05))
+            process = start(filled.root, uri, death=death)
+            process.join(120)
+            assert process.exitcode in (0, -signal.SIGKILL)
+            in_the_middle += process.exitcode != 0
             require_nothing_extra(filled.root, uri)
         last = start(filled.root, uri)
         last.join(120)
