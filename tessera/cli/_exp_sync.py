@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from time import strftime
 from types import FrameType
@@ -24,6 +25,8 @@ from tessera.tracking.merge import Annotations
 from tessera.tracking.readings import Reader
 from tessera.tracking.replay import Progress, SyncReport
 from tessera.tracking.replay import sync as replay
+
+_STOPPED = "Stopped; the next sync goes on from here."
 
 
 @dataclass(frozen=True)
@@ -108,11 +111,8 @@ def follow(
             raise
 
     said = _Said()
-    try:
-        with stopped_by_signals():
-            keep_on(beat, every_s=every_s, is_last=ended, tell=said.of, say=_say)
-    except StoppedError:
-        _say("Stopped; the next sync goes on from here.")
+    with leaving_when_told():
+        keep_on(beat, every_s=every_s, is_last=ended, tell=said.of, say=_say)
     return 0
 
 
@@ -148,28 +148,25 @@ def _say(text: str) -> None:
         print(f"{strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
 
 
-class StoppedError(BaseException):
-    """Told to go; derived so that no library takes it for an error of its own."""
-
-
 @contextmanager
-def stopped_by_signals() -> Iterator[None]:
-    """Raise ``StoppedError`` in the main thread at Ctrl-C or SIGTERM.
+def leaving_when_told() -> Iterator[None]:
+    """At Ctrl-C or SIGTERM the process says so and leaves with 0, in the middle of a sync too.
 
-    In the middle of a sync too: it can be killed anywhere, and the next one continues.
+    A sync can be killed anywhere, and the next one continues. An exception in its place would come
+    wherever the main thread happens to be, and be lost or printed in a destructor.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise StoppedError
+    def leave(number: int, frame: FrameType | None) -> None:
+        with suppress(OSError):  # nobody reads it
+            os.write(2, f"{strftime('%H:%M:%S')} {_STOPPED}\n".encode())
+        os._exit(0)
 
-    kinds = (signal.SIGTERM, signal.SIGINT)
-    before: list[Callable[[int, FrameType | None], object] | int | None] = []
-    before += [signal.signal(kind, stop) for kind in kinds]
+    before = {kind: signal.signal(kind, leave) for kind in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        for kind, handler in zip(kinds, before, strict=True):
+        for kind, handler in before.items():
             signal.signal(kind, handler)
