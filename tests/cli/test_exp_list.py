@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+import threading
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -174,11 +176,21 @@ def test_watch_shows_again_what_changed(bench: Bench, three: dict[str, str], tmp
         bench.finished("fresh")
         _until(master, b"fresh-")
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
+        threading.Thread(target=_drain, args=(master,), daemon=True).start()
+        assert process.wait(120) == 130
     finally:
         process.kill()
         process.wait()
         os.close(master)
+
+
+def _drain(terminal: int) -> None:
+    """Read on: a terminal that nobody reads holds up whoever writes to it."""
+    import os
+
+    with suppress(OSError):
+        while os.read(terminal, 65536):
+            pass
 
 
 def _until(terminal: int, text: bytes) -> bytes:
