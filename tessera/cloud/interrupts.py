@@ -16,11 +16,12 @@ def heard_interrupt() -> Iterator[Callable[[], None]]:
     Python raises the exception wherever the main thread happens to be. In a destructor or another
     callback it is printed and forgotten, and an event loop's own handler may lose it.
     """
-    if threading.current_thread() is not threading.main_thread():
+    before = signal.getsignal(signal.SIGINT)
+    # A job that a shell put into the background ignores Ctrl-C: it is meant for another.
+    if threading.current_thread() is not threading.main_thread() or before == signal.SIG_IGN:
         yield lambda: None
         return
     heard = False
-    before = signal.getsignal(signal.SIGINT)
 
     def hear(number: int, frame: FrameType | None) -> None:
         nonlocal heard

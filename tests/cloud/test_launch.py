@@ -294,6 +294,25 @@ def test_a_ctrl_c_that_a_library_swallows_gives_the_machine_back_too(
     assert said[-1] == "Stopped before it ran; nothing of it is left that bills."
 
 
+def test_a_job_in_the_background_goes_on_at_ctrl_c(
+    vast: PretendVast, root: Root, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renter = Pretend(vast)
+    start = renter.start
+
+    def told(*arguments: Any) -> int | None:
+        signal.raise_signal(signal.SIGINT)
+        return start(*arguments)
+
+    monkeypatch.setattr(renter, "start", told)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell starts `launch ... &`
+    try:
+        assert launch(order(), root, renter, lambda _: None, detach=True, sleep=at_once) == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(vast.instances) == 1
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("no ssh")])
 def test_a_machine_that_appears_after_the_first_empty_look_is_found(
     vast: PretendVast, root: Root, error: BaseException
